@@ -1,0 +1,740 @@
+"""IBKR Broker Simulator: a REST service that pretends to be a broker.
+
+    App               settings, the Flask app, how often a request is tried
+    Errors            every answer that is not a success, as problem+json
+    Reading requests  who asks, and for what
+    Routes            the API; `trade` is the heart of the program, start reading there
+    Commands          what `flask user` and `python app.py` do
+
+What an account may do with its money is in `models.py`, where prices come from in `pricing.py`.
+"""
+
+import csv
+import io
+import json
+import logging
+import os
+import platform
+import random
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from decimal import Decimal
+from functools import cache
+from uuid import uuid4
+
+import click
+import psutil
+import simplejson
+import sqlalchemy as sa
+from dotenv import load_dotenv
+from flask import Flask, Response, g, request, stream_with_context
+from flask.cli import AppGroup
+from flask.json.provider import JSONProvider
+from flask_migrate import Migrate, upgrade
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from werkzeug.exceptions import HTTPException
+from werkzeug.serving import make_server
+
+from models import (
+    Account,
+    Action,
+    ApiKey,
+    Cash,
+    Email,
+    Market,
+    Moment,
+    Order,
+    OutcomeUnknown,
+    QuoteExpired,
+    Refused,
+    Ticker,
+    Trade,
+    User,
+    checked_cash,
+    db,
+    iso,
+    now,
+    plain,
+    reading,
+)
+from pricing import AlphaVantage, LiveMarket, SampleMarket, Yahoo, yahoo_is_reachable
+
+VERSION = "1.0.0"
+
+# --------------------------------------------------------------------------------------------- App
+
+load_dotenv()
+
+
+def setting(name: str, default: str | None, checked=str):
+    """The setting `name` from the environment or `.env`, checked; a bad one ends the program."""
+    text = os.environ.get(name) or default
+    try:
+        return text and checked(text)
+    except (ValueError, ArithmeticError) as error:
+        raise SystemExit(f"{name}={text} cannot be used: {error}") from None
+
+
+def checked_number(low: int, high: int):
+    def checked(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+            raise ValueError(f"it must be a whole number from {low} to {high}.")
+        return int(text)
+
+    return checked
+
+
+def checked_sources(text: str) -> list[str]:
+    sources = [source.strip() for source in text.lower().split(",")]
+    if sources != ["sample"] and not set(sources) <= {"yahoo", "alphavantage"}:
+        raise ValueError("name yahoo, alphavantage or both, or sample alone.")
+    return sources
+
+
+def checked_database(url: str) -> str:
+    """`url` as SQLAlchemy wants it: psycopg2 must be named, and postgres:// is Heroku's spelling."""
+    scheme, separator, rest = url.partition("://")
+    if scheme in ("postgres", "postgresql") and rest:
+        return f"postgresql+psycopg2://{rest}"
+    if scheme == "sqlite" and rest.strip("/"):
+        return url
+    raise ValueError("it must begin with postgresql://, postgres:// or sqlite:///.")
+
+
+HOST = setting("HOST", "127.0.0.1")
+PORT = setting("PORT", "8000", checked_number(1, 65535))
+STARTING_CASH = setting("STARTING_CASH", "100000", checked_cash)
+ADMIN_API_KEY = setting("ADMIN_API_KEY", None)
+ALPHAVANTAGE_API_KEY = setting("ALPHAVANTAGE_API_KEY", None)
+PRICE_CACHE_SECONDS = setting("PRICE_CACHE_SECONDS", "180", checked_number(1, 86_400))
+
+if __name__ == "__main__" and not os.environ.get("PRICE_SOURCES") and not yahoo_is_reachable():
+    print("Yahoo Finance cannot be reached: serving the recorded sample market instead.")
+    os.environ["PRICE_SOURCES"] = "sample"
+
+PRICE_SOURCES = setting("PRICE_SOURCES", "yahoo,alphavantage", checked_sources)
+EMBEDDED = "sqlite:///sample.db" if PRICE_SOURCES == ["sample"] else "sqlite:///simulator.db"
+DATABASE_URL = setting("DATABASE_URL", EMBEDDED, checked_database)
+
+
+class Simulator(Flask):
+    """Flask, with one addition: a request that met a passing fault of the database is tried again."""
+
+    TRIES = 6
+    SECONDS = 3
+
+    def dispatch_request(self):
+        """Answer the request, from the top again after a lost race or a lost connection.
+
+        Every route is one transaction at the most, so to repeat it whole is safe; a trade looks its
+        idempotency key up first, under the lock, and so finds out what became of a COMMIT whose answer
+        was lost. A lock must not be waited for in front of a client for ever: six tries, three seconds.
+        """
+        unknown = None
+        deadline = time.monotonic() + self.SECONDS
+        for attempt in range(1, self.TRIES + 1):
+            try:
+                admit()
+                return super().dispatch_request()
+            except (DBAPIError, QuoteExpired, OutcomeUnknown) as error:
+                unknown = unknown or (isinstance(error, OutcomeUnknown) and error)
+                if not is_passing(error):
+                    raise
+                if attempt == self.TRIES or time.monotonic() > deadline:
+                    raise unknown or error
+            time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same request may well succeed a moment later."""
+    if not isinstance(error, DBAPIError):
+        return True
+    serialization_failure, deadlock, lock_timeout = "40001", "40P01", "55P03"
+    return error.connection_invalidated or getattr(error.orig, "pgcode", None) in (
+        serialization_failure,
+        deadlock,
+        lock_timeout,
+    )
+
+
+class ExactJSON(JSONProvider):
+    """JSON whose numbers are the exact digits of Decimals, with a newline at the end."""
+
+    def dumps(self, document, **options) -> str:
+        return simplejson.dumps(document, use_decimal=False, default=self.digits) + "\n"
+
+    def loads(self, text, **options):
+        raise NotImplementedError("requests are read by `read`")
+
+    @staticmethod
+    def digits(number: Decimal) -> simplejson.RawJSON:
+        return simplejson.RawJSON(plain(number))
+
+
+app = Simulator(__name__)
+app.json = ExactJSON(app)
+app.url_map.merge_slashes = False  # A broker redirects nobody.
+app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
+app.config["SQLALCHEMY_DATABASE_URI"] = DATABASE_URL
+app.config["SQLALCHEMY_ENGINE_OPTIONS"] = (
+    {"connect_args": {"timeout": 15}}
+    if DATABASE_URL.startswith("sqlite")
+    else {
+        "pool_timeout": 3,
+        "connect_args": {
+            "connect_timeout": 2,
+            "tcp_user_timeout": 5000,
+            "options": "-c lock_timeout=3s -c statement_timeout=5s",
+        },
+    }
+)
+db.init_app(app)
+Migrate(app, db)
+
+if PRICE_SOURCES == ["sample"]:
+    market = SampleMarket()
+else:
+    sources = {"yahoo": Yahoo(os.path.join(app.instance_path, "yfinance"))}
+    if ALPHAVANTAGE_API_KEY:
+        sources["alphavantage"] = AlphaVantage(ALPHAVANTAGE_API_KEY)
+    market = LiveMarket(app, [sources[s] for s in PRICE_SOURCES if s in sources], PRICE_CACHE_SECONDS)
+    if not market.sources:
+        sys.exit("PRICE_SOURCES=alphavantage cannot be used without ALPHAVANTAGE_API_KEY.")
+
+# ------------------------------------------------------------------------------------------ Errors
+
+STATUS = {
+    "invalid_json": 400,
+    "invalid_request": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "unknown_ticker": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "already_exists": 409,
+    "price_below_market": 409,
+    "price_above_market": 409,
+    "insufficient_funds": 409,
+    "insufficient_shares": 409,
+    "unsupported_currency": 409,
+    "limit_exceeded": 409,
+    "too_large": 413,
+    "unsupported_media_type": 415,
+    "idempotency_key_reused": 422,
+    "internal_error": 500,
+    "price_unavailable": 503,
+    "database_unavailable": 503,
+    "outcome_unknown": 503,
+}
+"""Every `code` that an answer can carry, and its status."""
+
+SENTENCES = {
+    "not_found": "There is nothing at this path.",
+    "method_not_allowed": "This path does not answer this method; `Allow` names those it does.",
+    "too_large": "A request's body has 64 KiB at the most.",
+    "internal_error": "The server met a fault of its own; it is in its log.",
+}
+
+CODE = {status: code for code, status in STATUS.items()} | {400: "invalid_request", 404: "not_found"}
+
+
+def problem(code: str, detail: str, **members) -> Response:
+    """An RFC 9457 answer: what went wrong in a sentence, and its numbers as members."""
+    status = STATUS[code]
+    document = {
+        "type": "about:blank",
+        "title": code.replace("_", " ").capitalize(),
+        "status": status,
+        "detail": detail,
+        "code": code,
+        **members,
+    }
+    response = Response(app.json.dumps(document), status, content_type="application/problem+json")
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if status == 503:
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+@app.errorhandler(Refused)
+def refused(refusal: Refused) -> Response:
+    return problem(refusal.code, refusal.detail, **refusal.members)
+
+
+@app.errorhandler(HTTPException)
+def http_problem(error: HTTPException) -> Response:
+    """Flask's own refusals: no such path, a wrong method, a body that is too large, a bug of ours."""
+    code = CODE.get(error.code, "invalid_request")
+    response = problem(code, SENTENCES.get(code, error.description))
+    if getattr(error, "valid_methods", None):
+        response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    return response
+
+
+@app.errorhandler(OperationalError)
+@app.errorhandler(InterfaceError)
+@app.errorhandler(sa.exc.TimeoutError)
+def database_unavailable(error: Exception) -> Response:
+    app.logger.error("The database does not answer: %s", type(error).__name__)
+    return problem("database_unavailable", "The database does not answer; try again in a moment.")
+
+
+@app.errorhandler(OutcomeUnknown)
+def outcome_unknown(error: OutcomeUnknown) -> Response:
+    return problem(
+        "outcome_unknown",
+        "The connection to the database broke while the trade was being booked; ask again with the "
+        "same Idempotency-Key, or look into your trades.",
+    )
+
+
+@app.errorhandler(QuoteExpired)
+def quote_expired(error: QuoteExpired) -> Response:
+    return problem("price_unavailable", "Prices change faster than this trade could be booked.")
+
+
+# -------------------------------------------------------------------------------- Reading requests
+
+
+def admit() -> None:
+    """Let the request in: find out whose key it carries, and leave the user's id in `g.user_id`.
+
+    Only the id: a model kept from here would be stale by the time the account is locked.
+    """
+    if not request.path.startswith("/api/"):
+        return
+    claim_database()
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    g.user_id = User.with_key(key) if scheme.lower() == "bearer" and key else None
+    if g.user_id is None:
+        raise Refused("unauthorized", "Send your API key: `Authorization: Bearer <key>`.")
+
+
+@cache
+def claim_database() -> None:
+    """Once a process: take the database for the market that is served, or refuse to serve from it."""
+    Market.claim("sample" if market.is_sample else "live")
+
+
+def read(model: type[BaseModel]) -> BaseModel:
+    """The request's JSON body as a `model`; refused unless every member is known and in order."""
+    if request.mimetype != "application/json":
+        raise Refused("unsupported_media_type", "Send JSON: `Content-Type: application/json`.")
+    return checked(model, parsed(body()))
+
+
+def body() -> bytes:
+    """The request's body, whole: a server passes on one that was cut short."""
+    try:
+        content = request.get_data()
+    except HTTPException:
+        raise
+    except Exception as error:  # Each server raises its own for a bad chunk; all are the client's.
+        raise Refused("invalid_json", "The body could not be read to its end.") from error
+    if request.content_length not in (None, len(content)):
+        raise Refused(
+            "invalid_json",
+            f"The body has {len(content)} bytes and Content-Length said {request.content_length}.",
+        )
+    return content
+
+
+def parsed(content: bytes):
+    """The JSON document in `content`, every number of it an exact Decimal."""
+    try:
+        return json.loads(
+            content.decode(),
+            parse_int=Decimal,
+            parse_float=Decimal,
+            parse_constant=no_constant,
+            object_pairs_hook=unique_members,
+        )
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        reason = str(error) if type(error) is ValueError else "It cannot be parsed."
+        raise Refused("invalid_json", f"The body is not valid JSON. {reason}") from error
+
+
+def no_constant(name: str):
+    raise ValueError(f"{name} is no JSON number.")
+
+
+def unique_members(pairs: list) -> dict:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("A member appears twice.")
+    return members
+
+
+def checked(model: type[BaseModel], document) -> BaseModel:
+    """`document` as a `model`, or `invalid_request` with one entry in `errors` for each bad field."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise invalid(
+            {
+                "field": ".".join(map(str, entry["loc"])) or "body",
+                "message": entry["msg"].removeprefix("Value error, "),
+            }
+            for entry in error.errors(include_url=False, include_context=False)[:20]
+        ) from None
+
+
+def invalid(errors: Iterable[dict]) -> Refused:
+    errors = list(errors)
+    sentence = "; ".join(f"{error['field']}: {error['message']}" for error in errors)
+    return Refused("invalid_request", f"{sentence}.", errors=errors)
+
+
+def query(model: type[BaseModel]) -> BaseModel:
+    """The query string as a `model`; a parameter that is unknown or comes twice is refused."""
+    values = request.args.to_dict(flat=False)
+    return checked(model, {name: v[0] if len(v) == 1 else v for name, v in values.items()})
+
+
+def idempotency_key() -> str | None:
+    """The request's `Idempotency-Key`, if it carries one."""
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not re.fullmatch(r"[ -~]{1,255}", key):
+        raise invalid(
+            [{"field": "Idempotency-Key", "message": "must be 1 to 255 printable ASCII characters"}]
+        )
+    return key
+
+
+class NoOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TradeOptions(NoOptions):
+    dry_run: bool = Field(False, description="Answer as the trade would, and write nothing")
+
+
+class PathTicker(NoOptions):
+    ticker: Ticker
+
+
+class Filters(NoOptions):
+    """Which trades to show."""
+
+    ticker: Ticker = None
+    action: Action = None
+    since: Moment = Field(None, description="The earliest time to show, inclusive")
+    until: Moment = Field(None, description="The time before which to show, exclusive")
+    run: int = Field(None, ge=1, lt=2**31, description="The run of the account; without it, the current one")
+
+
+class Page(Filters):
+    limit: int = Field(50, ge=1, le=500, description="Trades on a page")
+    cursor: int = Field(None, ge=1, lt=2**63, description="`next_cursor` of the page before")
+
+
+class NewAccount(NoOptions):
+    email: Email = Field(examples=["alice@example.com"])
+    cash: Cash = Field(STARTING_CASH, description="Dollars to begin with")
+    key: ApiKey = None
+
+
+# ------------------------------------------------------------------------------------------ Routes
+
+
+@app.get("/api/v1/balance")
+def balance():
+    """Your cash, in dollars."""
+    query(NoOptions)
+    account, _ = Account.with_holdings(g.user_id)
+    return {"user_id": g.user_id, "cash_balance": account.cash_balance}
+
+
+@app.get("/api/v1/price/<ticker>")
+def price(ticker: str):
+    """What one share or coin costs, and until when that holds.
+
+    Until `valid_until` trades are judged by this price, whatever the market does meanwhile.
+    """
+    query(NoOptions)
+    return market.quote(checked(PathTicker, {"ticker": ticker}).ticker).to_dict()
+
+
+@app.get("/api/v1/portfolio")
+def portfolio():
+    """Your cash and holdings of one moment, valued at the market, with profit and loss.
+
+    A holding whose price cannot be had in time shows `null` there, as do the totals that need it.
+    """
+    query(NoOptions)
+    account, holdings = Account.with_holdings(g.user_id)
+    return account.portfolio(holdings, market.quotes([holding.ticker for holding in holdings]))
+
+
+@app.post("/api/v1/trade")
+def trade():
+    """Buy or sell, in full and at once, or be refused with the reason.
+
+    A limit order (with `price`) is booked at the price it names: at or above the market price for a
+    buy, at or below it for a sale. A market order (without) is booked at the market price. With an
+    `Idempotency-Key` an order is safe to send again: it is booked once, and answered the same.
+    """
+    order, options, key = read(Order), query(TradeOptions), idempotency_key()
+    if key and (earlier := Trade.with_key(g.user_id, key)):
+        return replay(earlier, order)  # It needs no price, and works while there is none.
+
+    quote = market.quote(order.ticker)  # Before the lock: a locked row must not wait for Yahoo.
+    with Account.locked(g.user_id) as account:
+        if earlier := account.trade_with_key(key or g.own_key):
+            return replay(earlier, order)
+        holding = account.holding(order.ticker)
+        trade = account.fill(order, quote, holding)
+        if options.dry_run:
+            return trade.to_dict() | {"dry_run": True}
+        account.record(trade, holding, key or g.own_key)
+    app.logger.info("user %s: trade %s: %s", g.user_id, trade.id, order)
+    return trade.to_dict()
+
+
+def replay(earlier: Trade, order: Order):
+    """The first answer once more, for a key that has been used; refused if for another order."""
+    if not earlier.is_for(order):
+        raise Refused(
+            "idempotency_key_reused",
+            f"This Idempotency-Key belongs to trade {earlier.id}, which came of another order.",
+            trade_id=str(earlier.id),
+        )
+    own = earlier.idempotency_key == g.own_key  # We booked it, but lost the answer to our COMMIT.
+    return earlier.to_dict(), {} if own else {"Idempotent-Replayed": "true"}
+
+
+@app.get("/api/v1/trades")
+def trades():
+    """Your trades, newest first, a page at a time.
+
+    Follow `next_cursor` until it is `null`: nothing is skipped or repeated, whoever trades meanwhile.
+    """
+    page = query(Page)
+    if page.cursor and not Trade.of(g.user_id, page.cursor):
+        raise invalid([{"field": "cursor", "message": "must be the `next_cursor` of a page of yours"}])
+    rows = Trade.page(g.user_id, **page.model_dump(exclude={"limit"}), limit=page.limit + 1)
+    shown = rows[: page.limit]
+    return {
+        "trades": [Trade.to_dict(row) for row in shown],
+        "next_cursor": str(shown[-1].id) if len(rows) > page.limit else None,
+    }
+
+
+@app.get("/api/v1/trades.csv")
+def trades_csv():
+    """All your trades that pass the filters, newest first, as CSV."""
+    filters = query(Filters).model_dump()
+
+    def lines() -> Iterator[str]:
+        cursor, size = None, 1000
+        yield ",".join(Trade.CSV_COLUMNS) + "\r\n"
+        while rows := Trade.page(g.user_id, **filters, cursor=cursor, limit=size):
+            text = io.StringIO()
+            csv.writer(text).writerows(Trade.to_csv(row) for row in rows)
+            yield text.getvalue()
+            cursor = rows[-1].id
+
+    return Response(
+        stream_with_context(lines()),
+        content_type="text/csv; charset=utf-8",
+        headers={"Content-Disposition": "attachment; filename=trades.csv"},
+    )
+
+
+@app.get("/api/v1/trades/<id>")
+def one_trade(id: str):
+    """One of your trades."""
+    query(NoOptions)
+    row = Trade.of(g.user_id, int(id)) if re.fullmatch("[0-9]{1,18}", id) else None
+    if row is None:
+        raise Refused("not_found", f"You have no trade {id}.")
+    return Trade.to_dict(row)
+
+
+@app.get("/health")
+def health():
+    """Whether the server and its database work, and what this process has seen so far.
+
+    Never waits for a price source, and half a second at the most for the database.
+    """
+    database = database_health()
+    healthy = database["status"] == "healthy"
+    memory = psutil.virtual_memory()
+    return {
+        "status": "healthy" if healthy else "unhealthy",
+        "timestamp": iso(now()),
+        "version": VERSION,
+        "uptime_seconds": round(time.monotonic() - STARTED),
+        "server_info": {
+            "platform": platform.system(),
+            "platform_version": platform.release(),
+            "architecture": platform.machine(),
+            "python_version": platform.python_version(),
+            "cpu_count": os.cpu_count(),
+            "memory_total_gb": round(memory.total / 2**30, 2),
+            "memory_available_gb": round(memory.available / 2**30, 2),
+            "cpu_percent": psutil.cpu_percent(),
+        },
+        "database": database,
+        "prices": market.health(),
+        "requests": requests_seen.health(),
+    }, 200 if healthy else 503
+
+
+class RequestsSeen:
+    """How many requests this process has answered, and how long the last thousand took."""
+
+    def __init__(self):
+        self.count = self.errors = 0
+        self.milliseconds = deque(maxlen=1000)
+
+    def add(self, seconds: float, status: int) -> None:
+        self.count += 1
+        self.errors += status >= 500
+        self.milliseconds.append(seconds * 1000)
+
+    def health(self) -> dict:
+        last = sorted(self.milliseconds.copy()) or [0.0]
+        percentiles = {
+            f"p{p}": round(last[min(len(last) * p // 100, len(last) - 1)], 2) for p in (50, 95, 99)
+        }
+        return {"count": self.count, "errors": self.errors, "latency_ms": percentiles}
+
+
+STARTED = time.monotonic()
+requests_seen = RequestsSeen()
+pinging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ping")
+
+
+def database_health() -> dict:
+    """Ping the database in a thread of its own: one that hangs must not hang this answer as well."""
+
+    def ping() -> float:
+        started = time.perf_counter()
+        with app.app_context(), reading() as connection:
+            connection.execute(sa.text("SELECT 1"))
+        return round((time.perf_counter() - started) * 1000, 2)
+
+    engine = db.engine.dialect.name
+    try:
+        latency = pinging.submit(ping).result(timeout=0.5)
+    except (TimeoutError, DBAPIError, sa.exc.TimeoutError):
+        return {"status": "unhealthy", "engine": engine, "latency_ms": None}
+    return {"status": "healthy", "engine": engine, "latency_ms": latency}
+
+
+@app.before_request
+def begin():
+    g.started = time.perf_counter()
+    g.own_key = f"request {uuid4()}"  # Makes a trade without a key as safe to repeat in here as one with.
+
+
+@app.after_request
+def finish(response: Response) -> Response:
+    if request.path.startswith("/api/"):
+        response.headers["Cache-Control"] = "no-store"
+    requests_seen.add(time.perf_counter() - g.started, response.status_code)
+    return response
+
+
+# ---------------------------------------------------------------------------------------- Commands
+
+
+class Commands(AppGroup):
+    """Commands that end with one clear line where the program says no."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except Refused as refusal:
+            raise click.ClickException(refusal.detail) from None
+        except DBAPIError as error:
+            raise click.ClickException(f"The database says: {error.orig}".strip()) from None
+
+
+users = Commands("user", help="Open and close accounts.")
+app.cli.add_command(users)
+
+
+@users.command("add")
+@click.argument("email")
+@click.option("--cash", default=plain(STARTING_CASH), show_default=True, help="Dollars to begin with.")
+@click.option("--key", help="The API key; without it one is made.")
+def add_user(email: str, cash: str, key: str | None):
+    """Open an account for EMAIL and print its API key, once."""
+    account = checked(NewAccount, {"email": email, "cash": cash} | ({"key": key} if key else {}))
+    user_id, key = User.open(account.email, account.cash, account.key)
+    click.echo(f"User {user_id} ({account.email}) has {plain(account.cash)} dollars.")
+    click.echo(f"API key, shown this once: {key}")
+
+
+@users.command("list")
+def list_users():
+    """List the accounts: id, email, cash, and whether it is closed."""
+    for user in User.all():
+        closed = f"  closed {iso(user.closed_at)}" if user.closed_at else ""
+        click.echo(f"{user.id:>6}  {user.email:<40} {plain(user.cash_balance):>20}{closed}")
+
+
+@users.command("rotate-key")
+@click.argument("email")
+def rotate_key(email: str):
+    """Give EMAIL a new API key and print it, once; the old one is refused from now on."""
+    click.echo(f"API key, shown this once: {User.rotate_key(User.id_of(email))}")
+
+
+@users.command("close")
+@click.argument("email")
+def close_user(email: str):
+    """Close the account of EMAIL: its key is refused from now on, its trades stay."""
+    User.close(User.id_of(email))
+    click.echo(f"The account of {email} is closed.")
+
+
+TEST_USER, TEST_KEY = "test@example.com", "test-api-key-123"
+
+
+def prepare() -> None:
+    """Get the database ready. Only the embedded one is migrated, and given the test user, unasked."""
+    if DATABASE_URL == EMBEDDED:
+        upgrade()
+        if not User.with_key(TEST_KEY):
+            with suppress(Refused):
+                User.open(TEST_USER, STARTING_CASH, TEST_KEY)
+    claim_database()
+
+
+def serve() -> None:
+    """`python app.py`: prepare everything, say in one line what is served, and serve it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    try:
+        with app.app_context():
+            prepare()
+        server = make_server(HOST, PORT, app, threaded=True)
+    except Refused as refusal:
+        sys.exit(refusal.detail)
+    except DBAPIError as error:
+        sys.exit(f"The database does not answer as it should: {str(error.orig).strip()}")
+    except OSError as error:
+        sys.exit(f"HOST={HOST} PORT={PORT} cannot be served: {error}")
+    url = f"http://{HOST}:{PORT}"
+    print(
+        f"Serving {', '.join(PRICE_SOURCES)} prices on {url}. Try: "
+        f"curl -H 'Authorization: Bearer {TEST_KEY}' {url}/api/v1/price/AAPL",
+        flush=True,
+    )
+    with suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,125 @@
+-- The schema of the IBKR Broker Simulator for PostgreSQL, in one paste (Supabase's SQL editor).
+-- Printed by: DATABASE_URL=postgresql://host/name flask --app app db upgrade --sql
+-- It also notes the revision, so a later `flask --app app db upgrade` goes on from here.
+
+BEGIN;
+
+CREATE TABLE alembic_version (
+    version_num VARCHAR(32) NOT NULL, 
+    CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
+);
+
+-- Running upgrade  -> 0001
+
+CREATE TABLE ibkr_users (
+    id BIGSERIAL NOT NULL, 
+    email VARCHAR(254) NOT NULL, 
+    api_key_hash VARCHAR(64) NOT NULL, 
+    created_at TIMESTAMP WITH TIME ZONE NOT NULL, 
+    closed_at TIMESTAMP WITH TIME ZONE, 
+    CONSTRAINT pk_ibkr_users PRIMARY KEY (id), 
+    CONSTRAINT uq_ibkr_users_email UNIQUE (email), 
+    CONSTRAINT uq_ibkr_users_api_key_hash UNIQUE (api_key_hash)
+);
+
+INSERT INTO alembic_version (version_num) VALUES ('0001') RETURNING alembic_version.version_num;
+
+-- Running upgrade 0001 -> 0002
+
+CREATE TABLE ibkr_balances (
+    user_id BIGINT NOT NULL, 
+    cash_balance NUMERIC(20, 8) NOT NULL, 
+    starting_cash NUMERIC(20, 8) NOT NULL, 
+    run INTEGER NOT NULL, 
+    updated_at TIMESTAMP WITH TIME ZONE NOT NULL, 
+    CONSTRAINT pk_ibkr_balances PRIMARY KEY (user_id), 
+    CONSTRAINT fk_ibkr_balances_user_id FOREIGN KEY(user_id) REFERENCES ibkr_users (id), 
+    CONSTRAINT ck_ibkr_balances_cash_balance CHECK (cash_balance >= 0 AND cash_balance < 90000000000), 
+    CONSTRAINT ck_ibkr_balances_starting_cash CHECK (starting_cash >= 0 AND starting_cash < 90000000000)
+);
+
+UPDATE alembic_version SET version_num='0002' WHERE alembic_version.version_num = '0001';
+
+-- Running upgrade 0002 -> 0003
+
+CREATE TABLE ibkr_stock_balances (
+    user_id BIGINT NOT NULL, 
+    ticker VARCHAR(20) NOT NULL, 
+    quantity NUMERIC(20, 8) NOT NULL, 
+    cost_basis NUMERIC(20, 8) NOT NULL, 
+    updated_at TIMESTAMP WITH TIME ZONE NOT NULL, 
+    CONSTRAINT pk_ibkr_stock_balances PRIMARY KEY (user_id, ticker), 
+    CONSTRAINT fk_ibkr_stock_balances_user_id FOREIGN KEY(user_id) REFERENCES ibkr_users (id), 
+    CONSTRAINT ck_ibkr_stock_balances_quantity CHECK (quantity >= 0.00000001 AND quantity < 90000000000), 
+    CONSTRAINT ck_ibkr_stock_balances_cost_basis CHECK (cost_basis >= 0 AND cost_basis < 90000000000)
+);
+
+UPDATE alembic_version SET version_num='0003' WHERE alembic_version.version_num = '0002';
+
+-- Running upgrade 0003 -> 0004
+
+CREATE TABLE ibkr_trades (
+    id BIGSERIAL NOT NULL, 
+    user_id BIGINT NOT NULL, 
+    run INTEGER NOT NULL, 
+    ticker VARCHAR(20) NOT NULL, 
+    trade_type VARCHAR(4) NOT NULL, 
+    order_type VARCHAR(6) NOT NULL, 
+    quantity NUMERIC(20, 8) NOT NULL, 
+    price NUMERIC(20, 8) NOT NULL, 
+    total_amount NUMERIC(20, 8) NOT NULL, 
+    commission NUMERIC(20, 8) NOT NULL, 
+    realized_pnl NUMERIC(20, 8), 
+    cash_after NUMERIC(20, 8) NOT NULL, 
+    market_price NUMERIC(20, 8) NOT NULL, 
+    price_source VARCHAR(20) NOT NULL, 
+    idempotency_key VARCHAR(255) NOT NULL, 
+    created_at TIMESTAMP WITH TIME ZONE NOT NULL, 
+    CONSTRAINT pk_ibkr_trades PRIMARY KEY (id), 
+    CONSTRAINT fk_ibkr_trades_user_id FOREIGN KEY(user_id) REFERENCES ibkr_users (id), 
+    CONSTRAINT uq_ibkr_trades_user_id_idempotency_key UNIQUE (user_id, idempotency_key), 
+    CONSTRAINT ck_ibkr_trades_trade_type CHECK (trade_type IN ('buy', 'sell')), 
+    CONSTRAINT ck_ibkr_trades_order_type CHECK (order_type IN ('limit', 'market')), 
+    CONSTRAINT ck_ibkr_trades_realized_on_sell CHECK ((trade_type = 'sell') = (realized_pnl IS NOT NULL)), 
+    CONSTRAINT ck_ibkr_trades_quantity CHECK (quantity >= 0.00000001 AND quantity < 10000000000), 
+    CONSTRAINT ck_ibkr_trades_price CHECK (price >= 0.00000001 AND price < 10000000000), 
+    CONSTRAINT ck_ibkr_trades_total_amount CHECK (total_amount >= 0 AND total_amount < 90000000000), 
+    CONSTRAINT ck_ibkr_trades_commission CHECK (commission >= 0 AND commission < 90000000000), 
+    CONSTRAINT ck_ibkr_trades_realized_pnl CHECK (realized_pnl >= -90000000000 AND realized_pnl < 90000000000), 
+    CONSTRAINT ck_ibkr_trades_cash_after CHECK (cash_after >= 0 AND cash_after < 90000000000), 
+    CONSTRAINT ck_ibkr_trades_market_price CHECK (market_price >= 0.00000001 AND market_price < 10000000000)
+);
+
+CREATE INDEX ix_ibkr_trades_user_id_id ON ibkr_trades (user_id, id);
+
+CREATE FUNCTION ibkr_trades_append_only() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'ibkr_trades is append-only'; END $$;
+
+CREATE TRIGGER ibkr_trades_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON ibkr_trades EXECUTE FUNCTION ibkr_trades_append_only();
+
+UPDATE alembic_version SET version_num='0004' WHERE alembic_version.version_num = '0003';
+
+-- Running upgrade 0004 -> 0005
+
+CREATE TABLE ibkr_quotes (
+    ticker VARCHAR(20) NOT NULL, 
+    number INTEGER NOT NULL, 
+    price NUMERIC(20, 8) NOT NULL, 
+    currency VARCHAR(10), 
+    source VARCHAR(20) NOT NULL, 
+    timestamp TIMESTAMP WITH TIME ZONE NOT NULL, 
+    valid_until TIMESTAMP WITH TIME ZONE NOT NULL, 
+    CONSTRAINT pk_ibkr_quotes PRIMARY KEY (ticker, number), 
+    CONSTRAINT ck_ibkr_quotes_price CHECK (price >= 0.00000001 AND price < 10000000000)
+);
+
+CREATE TABLE ibkr_market (
+    id INTEGER NOT NULL, 
+    kind VARCHAR(6) NOT NULL, 
+    CONSTRAINT pk_ibkr_market PRIMARY KEY (id), 
+    CONSTRAINT ck_ibkr_market_one_row CHECK (id = 1)
+);
+
+UPDATE alembic_version SET version_num='0005' WHERE alembic_version.version_num = '0004';
+
+COMMIT;
+

@@ -1,0 +1,900 @@
+"""The ledger: who has an account, what is in it, and every trade that was ever booked.
+
+Read `Order` first (what a bot asks for), then `Account` (what may happen to its money: `locked`,
+`fill`, `record`), then `Trade` (what remains of it for ever). Nothing here knows of HTTP or of where
+prices come from.
+
+The books obey one equation for each run of each account, to the last digit, always:
+
+    cash_balance + sum of cost_basis = starting_cash + sum of realized_pnl
+"""
+
+import hashlib
+import re
+import secrets
+import sqlite3
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
+from typing import Annotated, Literal
+
+import sqlalchemy as sa
+from flask_sqlalchemy import SQLAlchemy
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, bindparam
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+# -------------------------------------------------------------------------------------------- Units
+
+UNIT = Decimal("0.00000001")
+"""The smallest step of every amount, price and quantity: 8 decimals."""
+
+ORDER_LIMIT = Decimal(10_000_000_000)
+"""An order's quantity and price stay below this."""
+
+ACCOUNT_LIMIT = Decimal(90_000_000_000)
+"""An account's cash, and the quantity and the cost of each of its holdings, stay below this.
+
+SQLite keeps amounts as integers of 10^-8, and 9.22e18 is the largest integer that it has.
+"""
+
+EXACT = Context(prec=60)
+"""Two amounts multiply to 38 digits; the 28 of Python's default context would round them away."""
+
+
+def rounded(amount: Decimal, rounding: str = ROUND_HALF_EVEN) -> Decimal:
+    """`amount` to 8 decimals."""
+    return amount.quantize(UNIT, rounding, EXACT)
+
+
+def value_of(quantity: Decimal, price: Decimal, rounding: str = ROUND_FLOOR) -> Decimal:
+    """What `quantity` at `price` comes to, in dollars, to 8 decimals.
+
+    Rounded down it is what a sale brings, rounded up what a purchase costs: rounding never makes money.
+    """
+    return rounded(EXACT.multiply(quantity, price), rounding)
+
+
+def percent(part: Decimal, whole: Decimal) -> Decimal | None:
+    """`part` of `whole` in percent, to 2 decimals; of nothing there is no percentage."""
+    if not whole:
+        return None
+    return EXACT.divide(part * 100, whole).quantize(Decimal("0.01"), ROUND_HALF_EVEN, EXACT)
+
+
+def plain(number: Decimal) -> str:
+    """The exact digits of `number`: no exponent, no trailing zeros, no minus before a zero."""
+    text = f"{number:f}"
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+def now() -> datetime:
+    """The time, in UTC."""
+    return datetime.now(UTC)
+
+
+def iso(moment: datetime | None) -> str | None:
+    """`moment` as RFC 3339, in UTC, ending in `Z`."""
+    return moment and moment.isoformat().replace("+00:00", "Z")
+
+
+def moment_from(text: str) -> datetime:
+    """The moment in an RFC 3339 text such as `2012-06-01T00:00:00Z`, in UTC; else ValueError."""
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9:.]+([Zz]|[+-][0-9]{2}:[0-9]{2})", text):
+        raise ValueError("must be a time such as 2012-06-01T00:00:00Z")
+    try:
+        return datetime.fromisoformat(text.upper()).astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("must be a year from 1 to 9999") from error
+
+
+class ExactDecimal(sa.types.TypeDecorator):
+    """A decimal with 8 digits behind the point: NUMERIC on PostgreSQL, an integer of 10^-8 on SQLite.
+
+    SQLite has no exact decimal: its NUMERIC is a float, and 12345678901.12345678 comes back as ...695.
+    """
+
+    impl = sa.Numeric(20, 8)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect):
+        on_sqlite = dialect.name == "sqlite"
+        return dialect.type_descriptor(BigInteger() if on_sqlite else self.impl_instance)
+
+    def process_bind_param(self, value, dialect):
+        if value is None or dialect.name != "sqlite":
+            return value
+        return int(value.scaleb(8, EXACT))
+
+    def process_literal_param(self, value, dialect):
+        return str(self.process_bind_param(value, dialect))
+
+    def process_result_value(self, value, dialect):
+        if value is None or dialect.name != "sqlite":
+            return value
+        return Decimal(value).scaleb(-8, EXACT)
+
+
+class UtcDateTime(sa.types.TypeDecorator):
+    """A moment in UTC. SQLite keeps no time zone, so one is taken off there and put back on."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value, dialect):
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value, dialect):
+        if value is None:
+            return None
+        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+Amount = Annotated[Decimal, mapped_column(ExactDecimal)]
+"""Dollars, with 8 decimals."""
+
+Quantity = Annotated[Decimal, mapped_column(ExactDecimal)]
+"""Shares or coins, with 8 decimals."""
+
+Time = Annotated[datetime, mapped_column(UtcDateTime)]
+"""A moment in UTC."""
+
+Id = Annotated[int, mapped_column(BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True)]
+"""A number that grows with each row. SQLite counts only a column that is called INTEGER."""
+
+UserId = Annotated[int, mapped_column(ForeignKey("ibkr_users.id"))]
+
+
+class Base(DeclarativeBase):
+    """Names every constraint, so that a migration can drop one again."""
+
+    metadata = sa.MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+        }
+    )
+
+
+db = SQLAlchemy(model_class=Base, disable_autonaming=True)
+
+
+def within(name: str, low: Decimal | int, high: Decimal) -> CheckConstraint:
+    """A CHECK that `low` <= the column `name` < `high`. The upper bound also keeps NaN out."""
+    column = sa.column(name, ExactDecimal)
+    return CheckConstraint(sa.and_(column >= Decimal(low), column < high), name=name)
+
+
+@sa.event.listens_for(sa.Engine, "connect")
+def prepare_sqlite(dbapi_connection, _):
+    """WAL lets readers read while one writes; FULL has a trade on disk before it is acknowledged."""
+    if isinstance(dbapi_connection, sqlite3.Connection):
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            dbapi_connection.execute(f"PRAGMA {pragma}")
+
+
+@sa.event.listens_for(sa.Engine, "begin")
+def begin_sqlite(connection):
+    """SQLite knows no row locks: a transaction that will write takes the whole database's lock at once.
+
+    Left to itself the driver begins late and deferred, and two that want to write then both fail.
+    """
+    options = connection.get_execution_options()
+    if connection.dialect.name == "sqlite" and options.get("isolation_level") != "AUTOCOMMIT":
+        connection.connection.dbapi_connection.isolation_level = None
+        connection.exec_driver_sql("BEGIN" if options.get("read_only") else "BEGIN IMMEDIATE")
+
+
+def reading() -> sa.Connection:
+    """A connection for single statements: each sees one moment, and none needs a transaction."""
+    return db.engine.execution_options(isolation_level="AUTOCOMMIT").connect()
+
+
+# ------------------------------------------------------------------------------------------- Orders
+
+
+class Refused(Exception):
+    """A "no", with the reason in a sentence and its numbers: `Refused(code, detail, required=...)`."""
+
+    def __init__(self, code: str, detail: str, **members):
+        super().__init__(detail)
+        self.code, self.detail, self.members = code, detail, members
+
+
+def checked_ticker(text: str) -> str:
+    """`text` in upper case, if it can be a ticker. Checked first: `"ı".upper()` is `"I"`."""
+    if not re.fullmatch(r"[A-Za-z0-9.\-=^]{1,20}", text) or not re.search(r"[A-Za-z0-9]", text):
+        raise ValueError("must be 1 to 20 letters, digits and . - = ^")
+    return text.upper()
+
+
+def checked_decimal(value) -> Decimal:
+    """The Decimal in a JSON number (which was parsed as one) or in a string of plain digits."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
+        value = Decimal(value)
+    if not isinstance(value, Decimal):
+        raise ValueError("must be a number or a decimal string")
+    return value
+
+
+def checked_scale(value: Decimal) -> Decimal:
+    if value != rounded(value):
+        raise ValueError("must have at most 8 decimals")
+    return rounded(value)
+
+
+def checked_amount(value) -> Decimal:
+    """An order's quantity or price."""
+    value = checked_decimal(value)
+    if not 0 < value < ORDER_LIMIT:
+        raise ValueError(f"must be above 0 and below {ORDER_LIMIT}")
+    return checked_scale(value)
+
+
+def checked_cash(value) -> Decimal:
+    """What an account begins with, in dollars."""
+    value = checked_decimal(value)
+    if not 0 <= value < ACCOUNT_LIMIT:
+        raise ValueError(f"must be from 0 to below {ACCOUNT_LIMIT}")
+    return abs(checked_scale(value))  # JSON knows -0
+
+
+def checked_email(text: str) -> str:
+    if len(text) > 254 or not re.fullmatch(r"[!-?A-~]+@[!-?A-~]+", text):
+        raise ValueError("must be an email address such as alice@example.com")
+    return text.lower()
+
+
+def checked_key(text: str) -> str:
+    if not re.fullmatch(r"[!-~]{8,255}", text):
+        raise ValueError("must be 8 to 255 printable ASCII characters without spaces")
+    return text
+
+
+Ticker = Annotated[str, AfterValidator(checked_ticker)]
+Action = Literal["buy", "sell"]
+OrderAmount = Annotated[Decimal, BeforeValidator(checked_amount)]
+Cash = Annotated[Decimal, BeforeValidator(checked_cash)]
+Email = Annotated[str, AfterValidator(checked_email)]
+ApiKey = Annotated[str, AfterValidator(checked_key)]
+Moment = Annotated[datetime, BeforeValidator(moment_from)]
+
+
+class Order(BaseModel):
+    """What a bot asks for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ticker: Ticker = Field(description="What to trade", examples=["AAPL"])
+    action: Action
+    quantity: OrderAmount = Field(description="Shares or coins", examples=["10"])
+    price: OrderAmount = Field(
+        None,
+        description="Dollars each: the most to pay, or the least to take. Without it: the market price",
+        examples=["150.25"],
+    )
+
+
+# ------------------------------------------------------------------------------------------- Tables
+
+
+class User(db.Model):
+    """Somebody with an API key. The key itself is nowhere, only its SHA-256."""
+
+    __tablename__ = "ibkr_users"
+    __table_args__ = {"sqlite_autoincrement": True}
+
+    id: Mapped[Id]
+    email: Mapped[str] = mapped_column(sa.String(254), unique=True)
+    api_key_hash: Mapped[str] = mapped_column(sa.String(64), unique=True)
+    created_at: Mapped[Time]
+    closed_at: Mapped[Time | None]
+
+    @staticmethod
+    def hash(api_key: str) -> str:
+        return hashlib.sha256(api_key.encode()).hexdigest()
+
+    @classmethod
+    def with_key(cls, api_key: str) -> int | None:
+        """The id of the user whose key this is. The hash is looked up, so timing tells nothing of the key."""
+        with reading() as connection:
+            return connection.scalar(USER_WITH_KEY, {"hash": cls.hash(api_key)})
+
+    @classmethod
+    def open(cls, email: str, cash: Decimal, api_key: str | None = None) -> tuple[int, str]:
+        """Make a user and the balance, both or neither, and answer the id and the API key."""
+        api_key = api_key or secrets.token_urlsafe(32)
+        try:
+            with db.engine.begin() as connection:
+                user_id = connection.scalar(
+                    sa.insert(cls).returning(cls.id),
+                    {"email": email, "api_key_hash": cls.hash(api_key), "created_at": now()},
+                )
+                connection.execute(
+                    sa.insert(Account),
+                    {
+                        "user_id": user_id,
+                        "cash_balance": cash,
+                        "starting_cash": cash,
+                        "run": 1,
+                        "updated_at": now(),
+                    },
+                )
+        except IntegrityError as taken:
+            raise Refused("already_exists", f"The email {email} or its API key is already in use.") from taken
+        return user_id, api_key
+
+    @classmethod
+    def id_of(cls, email: str) -> int:
+        """The id of the open account of `email`; `Refused` if there is none."""
+        with reading() as connection:
+            user_id = connection.scalar(
+                sa.select(cls.id).where(cls.email == email.lower(), cls.closed_at.is_(None))
+            )
+        if user_id is None:
+            raise Refused("not_found", f"There is no open account of {email}.")
+        return user_id
+
+    @classmethod
+    def all(cls) -> Sequence[sa.Row]:
+        """Every user with the cash in the account, in the order of their ids."""
+        columns = (cls.id, cls.email, cls.created_at, cls.closed_at, Account.cash_balance)
+        with reading() as connection:
+            return connection.execute(sa.select(*columns).join(Account).order_by(cls.id)).all()
+
+    @classmethod
+    def rotate_key(cls, user_id: int) -> str:
+        """Give the user a new API key and answer it; the old one is refused from now on."""
+        api_key = secrets.token_urlsafe(32)
+        cls.change(user_id, api_key_hash=cls.hash(api_key))
+        return api_key
+
+    @classmethod
+    def close(cls, user_id: int) -> None:
+        """Close the account: its key is refused from now on, its trades stay."""
+        cls.change(user_id, closed_at=now())
+
+    @classmethod
+    def change(cls, user_id: int, **values) -> None:
+        with db.engine.begin() as connection:
+            is_open = (cls.id == user_id) & cls.closed_at.is_(None)
+            if not connection.execute(sa.update(cls).where(is_open).values(values)).rowcount:
+                raise Refused("not_found", f"There is no open account with the id {user_id}.")
+
+    def to_dict(self) -> dict:
+        return {
+            "user_id": self.id,
+            "email": self.email,
+            "created_at": iso(self.created_at),
+            "closed_at": iso(self.closed_at),
+        }
+
+
+class Holding(db.Model):
+    """So much of one ticker in one account, and what it cost. A holding of zero has no row."""
+
+    __tablename__ = "ibkr_stock_balances"
+
+    user_id: Mapped[UserId] = mapped_column(primary_key=True)
+    ticker: Mapped[str] = mapped_column(sa.String(20), primary_key=True)
+    quantity: Mapped[Quantity]
+    cost_basis: Mapped[Amount]
+    updated_at: Mapped[Time]
+
+    __table_args__ = (
+        within("quantity", UNIT, ACCOUNT_LIMIT),
+        within("cost_basis", 0, ACCOUNT_LIMIT),
+    )
+
+    def add(self, quantity: Decimal, cost: Decimal) -> None:
+        """Put `quantity` in, which cost `cost` dollars, commission included."""
+        self.quantity += quantity
+        self.cost_basis += cost
+        if max(self.quantity, self.cost_basis) >= ACCOUNT_LIMIT:
+            raise Refused(
+                "limit_exceeded",
+                f"A holding stays below {ACCOUNT_LIMIT} shares and dollars of cost.",
+                limit=ACCOUNT_LIMIT,
+            )
+
+    def remove(self, quantity: Decimal) -> Decimal:
+        """Take `quantity` out and answer its share of the cost; the last share takes all that is left."""
+        cost = self.cost_basis
+        if quantity < self.quantity:
+            cost = rounded(EXACT.divide(EXACT.multiply(cost, quantity), self.quantity))
+        self.quantity -= quantity
+        self.cost_basis -= cost
+        return cost
+
+    def to_dict(self, quote: "Quote | None") -> dict:
+        """The holding valued at `quote`, in dollars; `None` where that needs a price and there is none."""
+        value = quote and value_of(self.quantity, quote.price)
+        profit = quote and value - self.cost_basis
+        return {
+            "ticker": self.ticker,
+            "quantity": self.quantity,
+            "average_price": rounded(EXACT.divide(self.cost_basis, self.quantity)),
+            "cost_basis": self.cost_basis,
+            "current_price": quote and quote.price,
+            "market_value": value,
+            "unrealized_pnl": profit,
+            "unrealized_pnl_percent": quote and percent(profit, self.cost_basis),
+            "price_timestamp": quote and iso(quote.timestamp),
+        }
+
+
+class Trade(db.Model):
+    """One purchase or sale, booked for ever: rows are added, never changed.
+
+    `price` is what the trade was booked at, `market_price` what the market asked at that moment; both
+    in dollars. `realized_pnl` is the profit of a sale: total - commission - the cost of what was sold.
+    """
+
+    __tablename__ = "ibkr_trades"
+
+    id: Mapped[Id]
+    user_id: Mapped[UserId]
+    run: Mapped[int]
+    ticker: Mapped[str] = mapped_column(sa.String(20))
+    trade_type: Mapped[str] = mapped_column(sa.String(4))
+    order_type: Mapped[str] = mapped_column(sa.String(6))
+    quantity: Mapped[Quantity]
+    price: Mapped[Amount]
+    total_amount: Mapped[Amount]
+    commission: Mapped[Amount]
+    realized_pnl: Mapped[Amount | None]
+    cash_after: Mapped[Amount]
+    market_price: Mapped[Amount]
+    price_source: Mapped[str] = mapped_column(sa.String(20))
+    idempotency_key: Mapped[str] = mapped_column(sa.String(255))
+    created_at: Mapped[Time]
+
+    __table_args__ = (
+        UniqueConstraint("user_id", "idempotency_key"),
+        Index(None, "user_id", "id"),
+        CheckConstraint("trade_type IN ('buy', 'sell')", name="trade_type"),
+        CheckConstraint("order_type IN ('limit', 'market')", name="order_type"),
+        CheckConstraint("(trade_type = 'sell') = (realized_pnl IS NOT NULL)", name="realized_on_sell"),
+        within("quantity", UNIT, ORDER_LIMIT),
+        within("price", UNIT, ORDER_LIMIT),
+        within("total_amount", 0, ACCOUNT_LIMIT),
+        within("commission", 0, ACCOUNT_LIMIT),
+        within("realized_pnl", -ACCOUNT_LIMIT, ACCOUNT_LIMIT),
+        within("cash_after", 0, ACCOUNT_LIMIT),
+        within("market_price", UNIT, ORDER_LIMIT),
+        {"sqlite_autoincrement": True},
+    )
+
+    def is_for(self, order: Order) -> bool:
+        """Whether this trade came of `order`: the same in meaning, whatever its bytes were."""
+        limit = self.price if self.order_type == "limit" else None
+        return (order.ticker, order.action, order.quantity, order.price) == (
+            self.ticker,
+            self.trade_type,
+            self.quantity,
+            limit,
+        )
+
+    @classmethod
+    def with_key(cls, user_id: int, key: str, connection=None) -> "Trade | None":
+        """The trade that the user booked under the idempotency key `key`."""
+        with nullcontext(connection) if connection else reading() as connection:
+            row = connection.execute(TRADE_WITH_KEY, {"user_id": user_id, "key": key}).first()
+        return row and cls(**row._mapping)
+
+    @classmethod
+    def of(cls, user_id: int, trade_id: int) -> sa.Row | None:
+        """The trade `trade_id`, if it is the user's own."""
+        own = (cls.user_id == user_id) & (cls.id == trade_id)
+        with reading() as connection:
+            return connection.execute(sa.select(cls.__table__).where(own)).first()
+
+    @classmethod
+    def page(cls, user_id, *, ticker, action, since, until, run, cursor, limit) -> Sequence[sa.Row]:
+        """The newest `limit` trades with an id below `cursor`, of one run, that pass the filters.
+
+        Paging by id neither skips nor repeats while others trade, and the last page costs no more
+        than the first.
+        """
+        if run is None:
+            run = sa.select(Account.run).where(Account.user_id == user_id).scalar_subquery()
+        statement = sa.select(cls.__table__).where(cls.user_id == user_id, cls.run == run)
+        if cursor:
+            statement = statement.where(cls.id < cursor)
+        if ticker:
+            statement = statement.where(cls.ticker == ticker)
+        if action:
+            statement = statement.where(cls.trade_type == action)
+        if since:
+            statement = statement.where(cls.created_at >= since)
+        if until:
+            statement = statement.where(cls.created_at < until)
+        with reading() as connection:
+            return connection.execute(statement.order_by(cls.id.desc()).limit(limit)).all()
+
+    CSV_COLUMNS = (
+        "id",
+        "run",
+        "timestamp",
+        "ticker",
+        "trade_type",
+        "quantity",
+        "price",
+        "total_amount",
+        "commission",
+        "realized_pnl",
+        "cash_balance",
+        "market_price",
+        "price_source",
+    )
+
+    def to_csv(self) -> list[str]:
+        """The trade as a line of CSV, its numbers with the same digits as in JSON."""
+        trade = Trade.to_dict(self)
+        return [plain(v) if isinstance(v, Decimal) else v for v in map(trade.get, Trade.CSV_COLUMNS)]
+
+    def to_dict(self) -> dict:
+        """What a bot sees of the trade. Works on a row of the table as well as on a Trade."""
+        return {
+            "id": self.id and str(self.id),
+            "user_id": self.user_id,
+            "ticker": self.ticker,
+            "trade_type": self.trade_type,
+            "quantity": self.quantity,
+            "price": self.price,
+            "total_amount": self.total_amount,
+            "commission": self.commission,
+            "realized_pnl": self.realized_pnl,
+            "cash_balance": self.cash_after,
+            "market_price": self.market_price,
+            "price_source": self.price_source,
+            "timestamp": iso(self.created_at),
+            "run": self.run,
+        }
+
+
+class Quote(db.Model):
+    """What a source said that one share or coin costs, and until when that holds.
+
+    Every live quote that a server has answered is a row, so that all its processes judge trades by the
+    same one, and so that the past can be valued later. `number` counts the quotes of a ticker.
+    """
+
+    __tablename__ = "ibkr_quotes"
+
+    ticker: Mapped[str] = mapped_column(sa.String(20), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    price: Mapped[Amount]
+    currency: Mapped[str | None] = mapped_column(sa.String(10))
+    source: Mapped[str] = mapped_column(sa.String(20))
+    timestamp: Mapped[Time]
+    valid_until: Mapped[Time]
+
+    __table_args__ = (within("price", UNIT, ORDER_LIMIT),)
+
+    @property
+    def is_in_dollars(self) -> bool:
+        return self.currency == "USD"
+
+    @classmethod
+    def recall(cls, ticker: str) -> "Quote | None":
+        """The latest quote of `ticker` that any process has published, whether it still holds or not."""
+        with reading() as connection:
+            row = connection.execute(LATEST_QUOTE, {"ticker": ticker}).first()
+        return row and cls(**row._mapping)
+
+    def publish(self) -> bool:
+        """Make this the quote of all processes; False if another one came first with its `number`."""
+        row = {column.name: getattr(self, column.name) for column in self.__table__.columns}
+        try:
+            with db.engine.begin() as connection:
+                connection.execute(sa.insert(Quote), row)
+        except IntegrityError:
+            return False
+        return True
+
+    def to_dict(self) -> dict:
+        return {
+            "ticker": self.ticker,
+            "price": self.price,
+            "currency": self.currency,
+            "source": self.source,
+            "timestamp": iso(self.timestamp),
+            "valid_until": iso(self.valid_until),
+        }
+
+
+class Market(db.Model):
+    """Which market this database belongs to, `live` or `sample`: their prices never meet in one."""
+
+    __tablename__ = "ibkr_market"
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(sa.String(6))
+
+    @classmethod
+    def claim(cls, kind: str) -> None:
+        """Take the database for this market; `Refused` if it belongs to the other one."""
+        try:
+            with db.engine.begin() as connection:
+                connection.execute(sa.insert(cls), {"id": 1, "kind": kind})
+        except IntegrityError:
+            with reading() as connection:
+                owner = connection.scalar(sa.select(cls.kind))
+            if owner != kind:
+                raise Refused(
+                    "price_unavailable",
+                    f"This database holds {owner} prices and this server serves {kind} ones; "
+                    "give each its own DATABASE_URL.",
+                ) from None
+
+
+class Account(db.Model):
+    """A user's cash, and the rules by which it changes.
+
+    `run` counts how often the account has started over; `starting_cash` is what this run began with.
+    """
+
+    __tablename__ = "ibkr_balances"
+
+    user_id: Mapped[UserId] = mapped_column(primary_key=True)
+    cash_balance: Mapped[Amount]
+    starting_cash: Mapped[Amount]
+    run: Mapped[int]
+    updated_at: Mapped[Time]
+
+    __table_args__ = (
+        within("cash_balance", 0, ACCOUNT_LIMIT),
+        within("starting_cash", 0, ACCOUNT_LIMIT),
+    )
+
+    # The rules. They touch no database, and change nothing when they refuse.
+
+    def fill(self, order: Order, quote: Quote, holding: Holding) -> Trade:
+        """Decide `order` at the market's `quote`: change this account and `holding`, answer the trade.
+
+        A limit order is booked at the price it names, a market order at the market's. Raises `Refused`.
+        """
+        if quote.valid_until and quote.valid_until <= now():
+            raise QuoteExpired
+        if not quote.is_in_dollars:
+            raise Refused(
+                "unsupported_currency",
+                f"{order.ticker} is quoted in {quote.currency or 'an unknown currency'}; "
+                "only tickers quoted in USD trade.",
+                currency=quote.currency,
+            )
+        trade = Trade(
+            user_id=self.user_id,
+            run=self.run,
+            ticker=order.ticker,
+            trade_type=order.action,
+            order_type="limit" if order.price else "market",
+            quantity=order.quantity,
+            price=order.price or quote.price,
+            commission=Decimal(0),
+            market_price=quote.price,
+            price_source=quote.source,
+            created_at=now(),
+        )
+        if order.action == "buy":
+            self.buy(trade, holding)
+        else:
+            self.sell(trade, holding)
+        trade.cash_after = self.cash_balance
+        return trade
+
+    def buy(self, trade: Trade, holding: Holding) -> None:
+        """Pay for `trade` and put the shares into `holding`."""
+        if trade.price < trade.market_price:
+            raise Refused(
+                "price_below_market",
+                f"You offer {plain(trade.price)} and {trade.ticker} costs {plain(trade.market_price)}.",
+                price=trade.price,
+                market_price=trade.market_price,
+            )
+        trade.total_amount = value_of(trade.quantity, trade.price, ROUND_CEILING)
+        cost = trade.total_amount + trade.commission
+        if cost > self.cash_balance:
+            raise Refused(
+                "insufficient_funds",
+                f"This costs {plain(cost)} and you have {plain(self.cash_balance)}.",
+                required=cost,
+                available=self.cash_balance,
+            )
+        holding.add(trade.quantity, cost)
+        self.cash_balance -= cost
+
+    def sell(self, trade: Trade, holding: Holding) -> None:
+        """Take the shares out of `holding` and put what `trade` brings into cash."""
+        if trade.price > trade.market_price:
+            raise Refused(
+                "price_above_market",
+                f"You ask {plain(trade.price)} and {trade.ticker} brings {plain(trade.market_price)}.",
+                price=trade.price,
+                market_price=trade.market_price,
+            )
+        if trade.quantity > holding.quantity:
+            raise Refused(
+                "insufficient_shares",
+                f"This sells {plain(trade.quantity)} {trade.ticker} and you have {plain(holding.quantity)}.",
+                required=trade.quantity,
+                available=holding.quantity,
+            )
+        trade.total_amount = value_of(trade.quantity, trade.price, ROUND_FLOOR)
+        proceeds = trade.total_amount - trade.commission
+        if max(trade.total_amount, self.cash_balance + proceeds) >= ACCOUNT_LIMIT:
+            raise Refused(
+                "limit_exceeded",
+                f"This brings {plain(proceeds)}, you have {plain(self.cash_balance)}, "
+                f"and cash stays below {ACCOUNT_LIMIT}.",
+                limit=ACCOUNT_LIMIT,
+            )
+        trade.realized_pnl = proceeds - holding.remove(trade.quantity)
+        self.cash_balance += proceeds
+
+    # The database.
+
+    @classmethod
+    @contextmanager
+    def locked(cls, user_id: int):
+        """The transaction: everything that changes an account happens in `with Account.locked(...)`.
+
+        The account's row is locked first and read after that, so whoever comes second waits and then
+        sees what the first one did. Leaving the block commits; an exception on the way undoes it all.
+        """
+        with db.engine.connect() as connection, connection.begin() as transaction:
+            row = connection.execute(LOCK_ACCOUNT, {"user_id": user_id}).one()
+            account = cls(**row._mapping)
+            account.connection = connection
+            yield account
+            commit(transaction)
+
+    @classmethod
+    def with_holdings(cls, user_id: int) -> tuple["Account", list[sa.Row]]:
+        """The account and its holdings by ticker, of one moment, unlocked: one statement reads both."""
+        with reading() as connection:
+            rows = connection.execute(ACCOUNT_WITH_HOLDINGS, {"user_id": user_id}).all()
+        first = rows[0]
+        account = cls(
+            user_id=user_id, cash_balance=first.cash_balance, starting_cash=first.starting_cash, run=first.run
+        )
+        return account, [row for row in rows if row.ticker]
+
+    def portfolio(self, holdings: Sequence, quotes: dict[str, Quote]) -> dict:
+        """The account valued at `quotes`: dollars, profit and loss, and percentages of the cost.
+
+        The realised profit follows from the books' equation, and so needs no look at the trades. A
+        holding is worth what selling it would bring.
+        """
+        rows = [Holding.to_dict(holding, quotes.get(holding.ticker)) for holding in holdings]
+        cost = sum((row["cost_basis"] for row in rows), Decimal(0))
+        realized = self.cash_balance + cost - self.starting_cash
+        values = [row["market_value"] for row in rows]
+        value = None if None in values else sum(values, Decimal(0))
+        return {
+            "user_id": self.user_id,
+            "cash_balance": self.cash_balance,
+            "holdings": rows,
+            "total_invested_value": cost,
+            "market_value": value,
+            "equity": None if value is None else self.cash_balance + value,
+            "unrealized_pnl": None if value is None else value - cost,
+            "realized_pnl": realized,
+            "total_pnl": None if value is None else value - cost + realized,
+        }
+
+    def holding(self, ticker: str) -> Holding:
+        """What the account holds of `ticker`. Read after the lock, in a statement of its own.
+
+        A join in the locking statement would still see the holding as it was before the wait.
+        """
+        row = self.connection.execute(SELECT_HOLDING, {"user_id": self.user_id, "ticker": ticker}).first()
+        quantity, cost_basis = row or (Decimal(0), Decimal(0))
+        return Holding(user_id=self.user_id, ticker=ticker, quantity=quantity, cost_basis=cost_basis)
+
+    def trade_with_key(self, key: str) -> Trade | None:
+        """The trade that this account booked under the idempotency key `key`, in any of its runs."""
+        return Trade.with_key(self.user_id, key, self.connection)
+
+    def record(self, trade: Trade, holding: Holding, key: str) -> None:
+        """Write the cash, the holding and the trade, and give the trade its id."""
+        trade.idempotency_key = key
+        owner = {"owner": self.user_id, "now": trade.created_at}
+        self.connection.execute(UPDATE_CASH, {**owner, "cash": self.cash_balance})
+        held = {
+            **owner,
+            "of": trade.ticker,
+            "quantity": holding.quantity,
+            "cost_basis": holding.cost_basis,
+        }
+        if not holding.quantity:
+            self.connection.execute(DELETE_HOLDING, held)
+        elif trade.trade_type == "buy" and holding.quantity == trade.quantity:
+            self.connection.execute(INSERT_HOLDING, held)
+        else:
+            self.connection.execute(UPDATE_HOLDING, held)
+        row = {name: getattr(trade, name) for name in TRADE_COLUMNS}
+        trade.id = self.connection.scalar(INSERT_TRADE, row)
+
+
+class QuoteExpired(Exception):
+    """The quote stopped holding while the trade waited for its lock; ask for the price again."""
+
+
+class OutcomeUnknown(Exception):
+    """The connection was lost while COMMIT was under way: it may have happened, or not."""
+
+
+def commit(transaction: sa.RootTransaction) -> None:
+    try:
+        transaction.commit()
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise OutcomeUnknown from error
+        raise
+
+
+# -------------------------------------------------------------------------------------- Statements
+# Built once: building one costs Python more than sending it. All of them are plain SQL in SQLAlchemy's
+# words, and go over a connection, not a session: there is no second copy of a row that could be stale.
+
+USER_WITH_KEY = sa.select(User.id).where(User.api_key_hash == bindparam("hash"), User.closed_at.is_(None))
+LOCK_ACCOUNT = sa.select(Account.__table__).where(Account.user_id == bindparam("user_id")).with_for_update()
+SELECT_HOLDING = sa.select(Holding.quantity, Holding.cost_basis).where(
+    Holding.user_id == bindparam("user_id"), Holding.ticker == bindparam("ticker")
+)
+ACCOUNT_WITH_HOLDINGS = (
+    sa.select(
+        Account.cash_balance,
+        Account.starting_cash,
+        Account.run,
+        Holding.ticker,
+        Holding.quantity,
+        Holding.cost_basis,
+    )
+    .outerjoin(Holding, Holding.user_id == Account.user_id)
+    .where(Account.user_id == bindparam("user_id"))
+    .order_by(Holding.ticker)
+)
+TRADE_WITH_KEY = sa.select(Trade.__table__).where(
+    Trade.user_id == bindparam("user_id"), Trade.idempotency_key == bindparam("key")
+)
+UPDATE_CASH = (
+    sa.update(Account)
+    .where(Account.user_id == bindparam("owner"))
+    .values(cash_balance=bindparam("cash"), updated_at=bindparam("now"))
+)
+INSERT_HOLDING = sa.insert(Holding).values(
+    user_id=bindparam("owner"),
+    ticker=bindparam("of"),
+    updated_at=bindparam("now"),
+    quantity=bindparam("quantity"),
+    cost_basis=bindparam("cost_basis"),
+)
+UPDATE_HOLDING = (
+    sa.update(Holding)
+    .where(Holding.user_id == bindparam("owner"), Holding.ticker == bindparam("of"))
+    .values(quantity=bindparam("quantity"), cost_basis=bindparam("cost_basis"), updated_at=bindparam("now"))
+)
+DELETE_HOLDING = sa.delete(Holding).where(
+    Holding.user_id == bindparam("owner"), Holding.ticker == bindparam("of")
+)
+LATEST_QUOTE = (
+    sa.select(Quote.__table__)
+    .where(Quote.ticker == bindparam("ticker"))
+    .order_by(Quote.number.desc())
+    .limit(1)
+)
+TRADE_COLUMNS = [column.name for column in Trade.__table__.columns if column.name != "id"]
+INSERT_TRADE = sa.insert(Trade).values({n: bindparam(n) for n in TRADE_COLUMNS}).returning(Trade.id)

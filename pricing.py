@@ -1,0 +1,496 @@
+"""What the market asks: live prices from Yahoo Finance and Alpha Vantage, or the recorded sample.
+
+Both kinds of market answer `quote(ticker)` with a `Quote`, or raise `Refused` with `unknown_ticker` (a
+source said that there is no such thing) or `price_unavailable` (nobody answered). The two are never
+mixed up: a bot gives up on the first and tries again on the second. Read `LiveMarket` first, then the
+sources that it asks, then `SampleMarket`.
+"""
+
+import csv
+import json
+import logging
+import re
+import threading
+import time
+from bisect import bisect_right
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from decimal import Decimal, InvalidOperation
+from functools import cached_property
+from operator import itemgetter
+from pathlib import Path
+from urllib.parse import quote as escaped
+
+import requests
+from urllib3.exceptions import HTTPError
+
+from models import (
+    ORDER_LIMIT,
+    Quote,
+    Refused,
+    checked_amount,
+    checked_ticker,
+    iso,
+    moment_from,
+    now,
+    rounded,
+)
+
+log = logging.getLogger(__name__)
+
+REQUEST_SECONDS = 2
+"""One HTTP request to a source takes no longer. Cold, Yahoo costs up to three: cookie, crumb, chart."""
+
+QUESTION_SECONDS = 8
+"""Nobody waits longer for a price, whatever hangs."""
+
+PAUSE_SECONDS = 15
+"""A source that failed this way `FAILURES_TO_PAUSE` times in a row, or asked us to slow down, rests."""
+
+FAILURES_TO_PAUSE = 3
+
+UNKNOWN_SECONDS = 60
+"""How long an unknown ticker is remembered: asking Yahoo for one can cost 13 requests."""
+
+CACHE_SIZE = 5_000
+"""Tickers in the cache of one process."""
+
+ANSWER_BYTES = 1_000_000
+"""A longer answer is no price."""
+
+
+class SourceFailed(Exception):
+    """A source gave no price; the text says why, in words that are safe to show (no URL, no key)."""
+
+
+class RateLimited(SourceFailed):
+    """A source asked us to slow down."""
+
+
+class NoSuchTicker(Exception):
+    """A source answered that there is no such ticker."""
+
+
+class BadFile(Exception):
+    """A file of recorded prices cannot be read; the text names the line."""
+
+
+def priced(ticker: str, price, currency: str | None, source: str) -> Quote:
+    """A quote of this moment, if `price` can be one: a number above 0, rounded to 8 decimals."""
+    try:
+        price = rounded(Decimal(price))
+    except (InvalidOperation, TypeError, ValueError):
+        raise SourceFailed("its price is no number") from None
+    if not 0 < price < ORDER_LIMIT:
+        raise SourceFailed("its price is out of range")
+    if currency is not None and not (isinstance(currency, str) and len(currency) <= 10):
+        raise SourceFailed("its currency is no currency")
+    return Quote(ticker=ticker, price=price, currency=currency, source=source, timestamp=now())
+
+
+def no_such_ticker(ticker: str) -> Refused:
+    return Refused("unknown_ticker", f"There is no ticker {ticker} here.", ticker=ticker)
+
+
+def no_price(ticker: str) -> Refused:
+    return Refused("price_unavailable", f"No source gave a price for {ticker} in time.", ticker=ticker)
+
+
+# -------------------------------------------------------------------------------- The live market
+
+
+class LiveMarket:
+    """Asks its sources in order and holds what they answer for `hold_seconds`.
+
+    The way of a question: this process's dict; the quotes that other processes have published; the
+    sources. Questions run in a few threads of their own, one at a time for each ticker, so that a
+    hundred bots that ask at once cause one request, and a source that hangs holds up nobody but those
+    who wait for it.
+    """
+
+    is_sample = False
+
+    def __init__(self, app, sources: list["Source"], hold_seconds: int):
+        self.app = app
+        self.sources = sources
+        self.hold = timedelta(seconds=hold_seconds)
+        self.held: dict[str, Quote] = {}
+        self.unknown: dict[str, datetime] = {}
+        self.asking: dict[str, Future] = {}
+        self.lock = threading.RLock()
+        self.threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="price")
+        self.hits = self.misses = 0
+
+    def quote(self, ticker: str, controls=None) -> Quote:
+        """The quote of `ticker` in force, in the currency that it names.
+
+        Raises `Refused`: `unknown_ticker` when the first source knows no such ticker and no other
+        prices it, `price_unavailable` when the first did not answer and no other prices it.
+        """
+        quote = self.held_quote(ticker)
+        if quote:
+            return quote
+        question = self.ask(ticker)
+        try:
+            return question.result(QUESTION_SECONDS)
+        except (TimeoutError, CancelledError):
+            question.cancel()  # If no thread has come to it by now, none needs to.
+            raise no_price(ticker) from None
+
+    def quotes(self, tickers: list[str], controls=None) -> dict[str, Quote]:
+        """The quotes of those `tickers` that can be had in two seconds, asked for side by side."""
+        quotes = {ticker: self.held_quote(ticker) for ticker in tickers}
+        questions = {ticker: self.ask(ticker) for ticker, quote in quotes.items() if not quote}
+        answered = wait(questions.values(), REQUEST_SECONDS).done
+        for ticker, question in questions.items():
+            if question in answered and not question.exception():
+                quotes[ticker] = question.result()
+        return {ticker: quote for ticker, quote in quotes.items() if quote}
+
+    def held_quote(self, ticker: str) -> Quote | None:
+        quote = self.held.get(ticker)
+        if quote and quote.valid_until > now():
+            self.hits += 1
+            return quote
+        self.misses += 1
+        return None
+
+    def ask(self, ticker: str) -> Future:
+        """The question about `ticker` that is under way, or a new one."""
+        with self.lock:
+            question = self.asking.get(ticker)
+            if question is None:
+                question = self.asking[ticker] = self.threads.submit(self.find, ticker)
+                question.add_done_callback(lambda _: self.asking.pop(ticker))
+            return question
+
+    def find(self, ticker: str) -> Quote:
+        if self.unknown.get(ticker, now()) > now():
+            raise no_such_ticker(ticker)
+        try:
+            with self.app.app_context():
+                quote = self.published_quote(ticker)
+        except Refused as refused:
+            if refused.code == "unknown_ticker":
+                self.remember(self.unknown, ticker, now() + timedelta(seconds=UNKNOWN_SECONDS))
+            raise
+        self.remember(self.held, ticker, quote)
+        return quote
+
+    def remember(self, cache: dict, ticker: str, answer) -> None:
+        """Put `answer` into `cache`, and drop the oldest where it has grown too large."""
+        with self.lock:
+            cache.pop(ticker, None)
+            cache[ticker] = answer
+            while len(cache) > CACHE_SIZE:
+                del cache[next(iter(cache))]
+
+    def published_quote(self, ticker: str) -> Quote:
+        """The quote that all processes agree on: the last one published, or a new one that we publish.
+
+        Two processes cannot publish the same `number` of a ticker: who comes second takes what the
+        first one published. So one quote at most is in force at any moment.
+        """
+        while True:
+            latest = Quote.recall(ticker)
+            if latest and latest.valid_until > now():
+                return latest
+            quote = self.quote_from_sources(ticker)
+            quote.number = latest.number + 1 if latest else 1
+            quote.valid_until = quote.timestamp + self.hold
+            if quote.publish():
+                return quote
+
+    def quote_from_sources(self, ticker: str) -> Quote:
+        verdicts = []
+        for source in self.sources:
+            try:
+                return source.quote(ticker)
+            except NoSuchTicker:
+                verdicts.append(no_such_ticker(ticker))
+            except SourceFailed:
+                verdicts.append(no_price(ticker))
+        raise verdicts[0]
+
+    def health(self) -> dict:
+        """What this process has seen: hits and misses of its cache, and each source's record."""
+        return {
+            "cache": {"hits": self.hits, "misses": self.misses, "tickers": len(self.held)},
+            **{source.name: source.health() for source in self.sources},
+        }
+
+
+class Source:
+    """One place that prices come from: asks, counts, and lets a failing place rest for a while."""
+
+    name: str
+
+    def __init__(self):
+        self.answers = self.failures = self.failures_in_a_row = 0
+        self.last_error = None
+        self.rests_until = 0.0
+
+    def quote(self, ticker: str) -> Quote:
+        """Ask. Raises `NoSuchTicker`, or `SourceFailed` at once while the source rests."""
+        if time.monotonic() < self.rests_until:
+            raise SourceFailed("it rests")
+        try:
+            quote = self.ask(ticker)
+        except SourceFailed as failure:
+            self.failures += 1
+            self.failures_in_a_row += 1
+            if self.failures_in_a_row >= FAILURES_TO_PAUSE or isinstance(failure, RateLimited):
+                self.rests_until = time.monotonic() + PAUSE_SECONDS
+            self.last_error = {"timestamp": iso(now()), "ticker": ticker, "error": str(failure)}
+            log.warning("%s gave no price for %s: %s", self.name, ticker, failure)
+            raise
+        except NoSuchTicker:
+            self.answered()
+            raise
+        self.answered()
+        return quote
+
+    def answered(self) -> None:
+        self.answers += 1
+        self.failures_in_a_row = 0
+
+    def ask(self, ticker: str) -> Quote:
+        raise NotImplementedError
+
+    def health(self) -> dict:
+        return {
+            "answers": self.answers,
+            "failures": self.failures,
+            "last_error": self.last_error,
+            "resting": time.monotonic() < self.rests_until,
+        }
+
+
+def parsed(body: bytes | str) -> dict:
+    """The JSON in an answer, its numbers as exact Decimals."""
+    try:
+        return json.loads(body, parse_float=Decimal, parse_int=Decimal)
+    except (ValueError, ArithmeticError, RecursionError):
+        raise SourceFailed("its answer is no JSON") from None
+
+
+class Yahoo(Source):
+    """Yahoo Finance, asked by yfinance: its session has the cookie and the crumb that Yahoo wants.
+
+    The chart's `meta.regularMarketPrice` costs one request and says 189.84, where `fast_info` fetches a
+    year of candles and says 189.83999633789062.
+    """
+
+    name = "yahoo_finance"
+    URL = "https://query2.finance.yahoo.com/v8/finance/chart/"
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.folder = folder
+        self.first_use = threading.Lock()
+
+    @cached_property
+    def session(self):
+        """yfinance's own session, capped. Importing yfinance costs 70 MB and a second, so only here."""
+        import yfinance
+        from curl_cffi import CurlOpt
+        from curl_cffi.requests import Session
+
+        class CappedSession(Session):
+            """yfinance waits 30 seconds for a cookie, whatever it is told. Not here."""
+
+            def request(self, method, url, **options):
+                options["timeout"] = REQUEST_SECONDS
+                return super().request(method, url, **options)
+
+        logging.getLogger("yfinance").setLevel(logging.CRITICAL)  # A failure is one line, and ours.
+        yfinance.set_tz_cache_location(self.folder)
+        return yfinance.data.YfData(
+            CappedSession(impersonate="chrome", curl_options={CurlOpt.MAXFILESIZE_LARGE: ANSWER_BYTES})
+        )
+
+    def ask(self, ticker: str) -> Quote:
+        with self.first_use:
+            session = self.session
+        try:
+            response = session.get(self.URL + escaped(ticker), params={"range": "1d", "interval": "1d"})
+        except Exception as error:  # yfinance raises whatever it stumbles over in a strange answer.
+            if type(error).__name__ == "YFRateLimitError":
+                raise RateLimited("it says that we ask too often") from None
+            raise SourceFailed(f"no answer ({type(error).__name__})") from None
+        if response.redirect_count or response.status_code not in (200, 404):
+            raise SourceFailed(f"it answered HTTP {response.status_code}")
+        answer = parsed(response.content)
+        try:
+            if response.status_code == 404:
+                if answer["chart"]["error"]["code"] == "Not Found":
+                    raise NoSuchTicker
+                raise SourceFailed("it answered HTTP 404")
+            meta = answer["chart"]["result"][0]["meta"]
+            return priced(ticker, meta["regularMarketPrice"], meta["currency"], self.name)
+        except (KeyError, IndexError, TypeError):
+            raise SourceFailed("its answer has no price") from None
+
+
+class AlphaVantage(Source):
+    """Alpha Vantage: shares by GLOBAL_QUOTE, coins such as BTC-USD by CURRENCY_EXCHANGE_RATE.
+
+    It says "no" with HTTP 200 and a `Note` or `Information`. GLOBAL_QUOTE names no currency: a ticker
+    without an exchange's suffix counts as quoted in US dollars, one with (SAP.DE) in none that we know.
+    """
+
+    name = "alphavantage"
+    URL = "https://www.alphavantage.co/query"
+
+    def __init__(self, api_key: str):
+        super().__init__()
+        self.api_key = api_key
+
+    def ask(self, ticker: str) -> Quote:
+        coin = re.fullmatch(r"([A-Z0-9]+)-([A-Z]{3})", ticker)
+        if coin:
+            answer = self.answer_to(
+                function="CURRENCY_EXCHANGE_RATE", from_currency=coin[1], to_currency=coin[2]
+            )
+        else:
+            answer = self.answer_to(function="GLOBAL_QUOTE", symbol=ticker)
+        try:
+            if coin and "Error Message" in answer and "apikey" not in answer["Error Message"]:
+                raise NoSuchTicker
+            if coin:
+                rate = answer["Realtime Currency Exchange Rate"]
+                return priced(ticker, rate["5. Exchange Rate"], rate["3. To_Currency Code"], self.name)
+            if answer["Global Quote"] == {}:
+                raise NoSuchTicker
+            currency = None if "." in ticker else "USD"
+            return priced(ticker, answer["Global Quote"]["05. price"], currency, self.name)
+        except (KeyError, TypeError):
+            raise SourceFailed("its answer has no price") from None
+
+    def answer_to(self, **question) -> dict:
+        """Its JSON. Exceptions of requests carry the URL, and so the key: only their names go on."""
+        try:
+            with requests.get(
+                self.URL,
+                params={**question, "apikey": self.api_key},
+                timeout=REQUEST_SECONDS,
+                allow_redirects=False,
+                stream=True,
+            ) as response:
+                body = response.raw.read(ANSWER_BYTES + 1, decode_content=True)
+        except (requests.RequestException, HTTPError) as error:
+            raise SourceFailed(f"no answer ({type(error).__name__})") from None
+        if response.status_code == 429:
+            raise RateLimited("it says that we ask too often")
+        if response.status_code != 200 or len(body) > ANSWER_BYTES:
+            raise SourceFailed(f"it answered HTTP {response.status_code} and {len(body)} bytes")
+        answer = parsed(body)
+        if not isinstance(answer, dict):
+            raise SourceFailed("its answer has no price")
+        if answer.keys() & {"Note", "Information"}:
+            raise RateLimited("it says that we ask too often")
+        return answer
+
+
+def yahoo_is_reachable(seconds: float = 3) -> bool:
+    """Whether Yahoo answers anything at all within `seconds`, name look-up included."""
+    answered = threading.Event()
+
+    def knock():
+        with suppress(requests.RequestException):
+            requests.head(Yahoo.URL, timeout=seconds)
+            answered.set()
+
+    threading.Thread(target=knock, daemon=True).start()
+    return answered.wait(seconds)
+
+
+# ------------------------------------------------------------------------------- The offline market
+
+SAMPLE_FILE = Path(__file__).parent / "sample_market" / "prices.csv"
+
+BAR_SECONDS = 60
+"""The sample market moves on by one recorded bar a minute, and begins again after the last."""
+
+
+@dataclass(frozen=True)
+class Controls:
+    """How an account has set its sample market: a stopped clock, and prices that it has pinned."""
+
+    clock: datetime | None = None
+    pins: dict[str, Decimal] = field(default_factory=dict)
+
+
+class SampleMarket:
+    """Recorded prices, as a pure function of the clock: every process and restart agrees on them.
+
+    `file` has the columns `timestamp,ticker,price` and is ordered by time. A bar is one timestamp; a
+    ticker costs what it cost last, at that bar or before, and is unknown before its first.
+    """
+
+    is_sample = True
+    name = "sample"
+
+    def __init__(self, file: Path = SAMPLE_FILE):
+        self.bars: list[datetime] = []
+        self.closes: dict[str, list[tuple[datetime, Decimal]]] = {}
+        with open(file, newline="", encoding="utf-8") as lines:
+            rows = csv.reader(lines)
+            if next(rows, None) != ["timestamp", "ticker", "price"]:
+                raise BadFile(f"{file}, line 1: the columns must be timestamp,ticker,price.")
+            for row in rows:
+                try:
+                    self.add(*row)
+                except (ValueError, TypeError, ArithmeticError) as error:
+                    raise BadFile(f"{file}, line {rows.line_num}: {error}.") from None
+        if not self.bars:
+            raise BadFile(f"{file} has no prices.")
+
+    def add(self, timestamp: str, ticker: str, price: str) -> None:
+        moment = moment_from(timestamp)
+        closes = self.closes.setdefault(checked_ticker(ticker), [])
+        if self.bars and moment < self.bars[-1]:
+            raise ValueError(f"{timestamp} comes after {iso(self.bars[-1])}, which is later")
+        if closes and closes[-1][0] == moment:
+            raise ValueError(f"{ticker} has a price at {timestamp} already")
+        closes.append((moment, checked_amount(price)))
+        if moment not in self.bars[-1:]:
+            self.bars.append(moment)
+
+    def bar_at(self, moment: datetime) -> datetime:
+        """The bar that the wall clock shows at `moment`."""
+        return self.bars[int(moment.timestamp()) // BAR_SECONDS % len(self.bars)]
+
+    def quote(self, ticker: str, controls: Controls = Controls()) -> Quote:
+        """The price of `ticker` in dollars, at the account's stopped clock or at the wall clock."""
+        moment = now()
+        price = controls.pins.get(ticker) or self.price(ticker, controls.clock or self.bar_at(moment))
+        if price is None:
+            raise no_such_ticker(ticker)
+        minute = moment.replace(second=0, microsecond=0)
+        return Quote(
+            ticker=ticker,
+            price=price,
+            currency="USD",
+            source=self.name,
+            timestamp=controls.clock or minute,
+            valid_until=None if controls.clock else minute + timedelta(seconds=BAR_SECONDS),
+        )
+
+    def quotes(self, tickers: list[str], controls: Controls = Controls()) -> dict[str, Quote]:
+        quotes = {}
+        for ticker in tickers:
+            with suppress(Refused):
+                quotes[ticker] = self.quote(ticker, controls)
+        return quotes
+
+    def price(self, ticker: str, bar: datetime) -> Decimal | None:
+        """What `ticker` cost last at `bar`, in dollars."""
+        closes = self.closes.get(ticker, [])
+        past = bisect_right(closes, bar, key=itemgetter(0))
+        return closes[past - 1][1] if past else None
+
+    def health(self) -> dict:
+        return {self.name: {"tickers": len(self.closes), "bars": len(self.bars)}}
