@@ -10,6 +10,7 @@ What an account may do with its money is in `models.py`, where prices come from 
 """
 
 import csv
+import hmac
 import io
 import json
 import logging
@@ -23,6 +24,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from decimal import Decimal
 from functools import cache
 from uuid import uuid4
@@ -36,21 +38,28 @@ from flask import Flask, Response, g, request, stream_with_context
 from flask.cli import AppGroup
 from flask.json.provider import JSONProvider
 from flask_migrate import Migrate, upgrade
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import make_server
 
 from models import (
+    ACCOUNT_LIMIT,
+    ORDER_LIMIT,
     Account,
     Action,
     ApiKey,
+    Books,
     Cash,
+    Controls,
+    Costs,
     Email,
     Market,
     Moment,
     Order,
+    OrderAmount,
     OutcomeUnknown,
+    Pin,
     QuoteExpired,
     Refused,
     Ticker,
@@ -63,7 +72,16 @@ from models import (
     plain,
     reading,
 )
-from pricing import AlphaVantage, LiveMarket, SampleMarket, Yahoo, yahoo_is_reachable
+from pricing import (
+    BAR_SECONDS,
+    SAMPLE_FILE,
+    AlphaVantage,
+    BadFile,
+    LiveMarket,
+    SampleMarket,
+    Yahoo,
+    yahoo_is_reachable,
+)
 
 VERSION = "1.0.0"
 
@@ -90,6 +108,16 @@ def checked_number(low: int, high: int):
     return checked
 
 
+def checked_cost(most: int):
+    def checked(text: str) -> Decimal:
+        cost = checked_cash(text)
+        if cost > most:
+            raise ValueError(f"it must be from 0 to {most}.")
+        return cost
+
+    return checked
+
+
 def checked_sources(text: str) -> list[str]:
     sources = [source.strip() for source in text.lower().split(",")]
     if sources != ["sample"] and not set(sources) <= {"yahoo", "alphavantage"}:
@@ -112,6 +140,11 @@ PORT = setting("PORT", "8000", checked_number(1, 65535))
 STARTING_CASH = setting("STARTING_CASH", "100000", checked_cash)
 ADMIN_API_KEY = setting("ADMIN_API_KEY", None)
 ALPHAVANTAGE_API_KEY = setting("ALPHAVANTAGE_API_KEY", None)
+COSTS = Costs(
+    setting("COMMISSION_BPS", "0", checked_cost(10_000)),
+    setting("COMMISSION_MIN", "0", checked_cost(1_000_000)),
+    setting("SLIPPAGE_BPS", "0", checked_cost(10_000)),
+)
 PRICE_CACHE_SECONDS = setting("PRICE_CACHE_SECONDS", "180", checked_number(1, 86_400))
 
 if __name__ == "__main__" and not os.environ.get("PRICE_SOURCES") and not yahoo_is_reachable():
@@ -147,13 +180,15 @@ class Simulator(Flask):
                 if not is_passing(error):
                     raise
                 if attempt == self.TRIES or time.monotonic() > deadline:
-                    raise unknown or error
+                    raise (unknown or error) from error
             time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether the same request may well succeed a moment later."""
-    if not isinstance(error, DBAPIError):
+    """Whether the same request may well succeed a moment later, and does no harm if it is made twice."""
+    if isinstance(error, OutcomeUnknown):
+        return request.endpoint == "trade"  # Which looks its key up first. Nothing else has one.
+    if isinstance(error, QuoteExpired):
         return True
     serialization_failure, deadlock, lock_timeout = "40001", "40P01", "55P03"
     return error.connection_invalidated or getattr(error.orig, "pgcode", None) in (
@@ -198,7 +233,10 @@ db.init_app(app)
 Migrate(app, db)
 
 if PRICE_SOURCES == ["sample"]:
-    market = SampleMarket()
+    try:
+        market = SampleMarket(setting("SAMPLE_MARKET", str(SAMPLE_FILE)))
+    except (BadFile, OSError) as error:
+        raise SystemExit(f"SAMPLE_MARKET cannot be used: {error}") from None
 else:
     sources = {"yahoo": Yahoo(os.path.join(app.instance_path, "yfinance"))}
     if ALPHAVANTAGE_API_KEY:
@@ -224,9 +262,12 @@ STATUS = {
     "insufficient_shares": 409,
     "unsupported_currency": 409,
     "limit_exceeded": 409,
+    "market_is_live": 409,
+    "clock_is_running": 409,
     "too_large": 413,
     "unsupported_media_type": 415,
     "idempotency_key_reused": 422,
+    "rate_limited": 429,
     "internal_error": 500,
     "price_unavailable": 503,
     "database_unavailable": 503,
@@ -258,7 +299,7 @@ def problem(code: str, detail: str, **members) -> Response:
     response = Response(app.json.dumps(document), status, content_type="application/problem+json")
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
-    if status == 503:
+    if status in (429, 503):
         response.headers["Retry-After"] = "1"
     return response
 
@@ -304,7 +345,7 @@ def quote_expired(error: QuoteExpired) -> Response:
 
 
 def admit() -> None:
-    """Let the request in: find out whose key it carries, and leave the user's id in `g.user_id`.
+    """Let the request in: find out whose key it carries; the user's id goes into `g.user_id`.
 
     Only the id: a model kept from here would be stale by the time the account is locked.
     """
@@ -312,9 +353,22 @@ def admit() -> None:
         return
     claim_database()
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    g.user_id = User.with_key(key) if scheme.lower() == "bearer" and key else None
-    if g.user_id is None:
+    key = key.strip() if scheme.lower() == "bearer" else ""
+    is_admin = ADMIN_API_KEY and hmac.compare_digest(User.hash(key), User.hash(ADMIN_API_KEY))
+    user = User.with_key(key) if key and not is_admin else None
+    if not (is_admin or user):
         raise Refused("unauthorized", "Send your API key: `Authorization: Bearer <key>`.")
+    is_admins_path = re.match("/api/v1/users(/|$)", request.path)
+    if is_admins_path and not is_admin:
+        raise Refused("forbidden", "Accounts are managed with the server's ADMIN_API_KEY, if it has one.")
+    if is_admin and not is_admins_path:
+        raise Refused("forbidden", "The admin's key manages accounts; it has none of its own to trade with.")
+    if user:
+        g.user_id = user.id
+        g.controls = Controls(user.market_clock, user.pin_changes)
+        if user.pin_changes:
+            pins = {pin.ticker: pin.price for pin in Pin.of(user.id)}
+            g.controls = replace(g.controls, pins=pins)
 
 
 @cache
@@ -416,6 +470,13 @@ class TradeOptions(NoOptions):
     dry_run: bool = Field(False, description="Answer as the trade would, and write nothing")
 
 
+def whole(number):
+    """A JSON number as the integer that it is; `true` and 1.5 are none."""
+    if not isinstance(number, Decimal) or number != number.to_integral_value():
+        raise ValueError("must be a whole number")
+    return int(number) if abs(number) < 10**18 else 10**18
+
+
 class PathTicker(NoOptions):
     ticker: Ticker
 
@@ -430,15 +491,36 @@ class Filters(NoOptions):
     run: int = Field(None, ge=1, lt=2**31, description="The run of the account; without it, the current one")
 
 
+class RunOption(NoOptions):
+    run: int = Field(None, ge=1, lt=2**31, description="The run; without it, the current one")
+
+
 class Page(Filters):
     limit: int = Field(50, ge=1, le=500, description="Trades on a page")
     cursor: int = Field(None, ge=1, lt=2**63, description="`next_cursor` of the page before")
 
 
-class NewAccount(NoOptions):
-    email: Email = Field(examples=["alice@example.com"])
+class Reset(NoOptions):
     cash: Cash = Field(STARTING_CASH, description="Dollars to begin with")
+
+
+class NewAccount(Reset):
+    email: Email = Field(examples=["alice@example.com"])
     key: ApiKey = None
+
+
+class Clock(NoOptions):
+    at: Moment | None
+
+
+class Advance(NoOptions):
+    bars: int = Field(1, ge=1, le=100_000)
+
+    _whole = field_validator("bars", mode="before")(whole)
+
+
+class PinnedPrice(NoOptions):
+    price: OrderAmount
 
 
 # ------------------------------------------------------------------------------------------ Routes
@@ -459,7 +541,7 @@ def price(ticker: str):
     Until `valid_until` trades are judged by this price, whatever the market does meanwhile.
     """
     query(NoOptions)
-    return market.quote(checked(PathTicker, {"ticker": ticker}).ticker).to_dict()
+    return market.quote(checked(PathTicker, {"ticker": ticker}).ticker, g.controls).to_dict()
 
 
 @app.get("/api/v1/portfolio")
@@ -470,7 +552,8 @@ def portfolio():
     """
     query(NoOptions)
     account, holdings = Account.with_holdings(g.user_id)
-    return account.portfolio(holdings, market.quotes([holding.ticker for holding in holdings]))
+    quotes = market.quotes([holding.ticker for holding in holdings], g.controls)
+    return account.portfolio(holdings, quotes)
 
 
 @app.post("/api/v1/trade")
@@ -481,20 +564,24 @@ def trade():
     buy, at or below it for a sale. A market order (without) is booked at the market price. With an
     `Idempotency-Key` an order is safe to send again: it is booked once, and answered the same.
     """
-    order, options, key = read(Order), query(TradeOptions), idempotency_key()
+    order, options, key, fault = read(Order), query(TradeOptions), idempotency_key(), drilled_fault()
     if key and (earlier := Trade.with_key(g.user_id, key)):
         return replay(earlier, order)  # It needs no price, and works while there is none.
 
-    quote = market.quote(order.ticker)  # Before the lock: a locked row must not wait for Yahoo.
+    quote = market.quote(order.ticker, g.controls)  # Before the lock: no locked row waits for Yahoo.
     with Account.locked(g.user_id) as account:
         if earlier := account.trade_with_key(key or g.own_key):
             return replay(earlier, order)
         holding = account.holding(order.ticker)
-        trade = account.fill(order, quote, holding)
+        trade = account.fill(order, quote, holding, COSTS)
         if options.dry_run:
             return trade.to_dict() | {"dry_run": True}
         account.record(trade, holding, key or g.own_key)
-    app.logger.info("user %s: trade %s: %s", g.user_id, trade.id, order)
+        if fault == "error_before_commit":
+            raise Refused("database_unavailable", "A drill: this trade failed and was not booked.")
+    if fault == "error_after_commit":
+        raise Refused("outcome_unknown", "A drill: the answer to this trade was lost. Was it booked?")
+    app.logger.info("trade %s: user %s %s", trade.id, g.user_id, order)
     return trade.to_dict()
 
 
@@ -556,6 +643,218 @@ def one_trade(id: str):
     if row is None:
         raise Refused("not_found", f"You have no trade {id}.")
     return Trade.to_dict(row)
+
+
+@app.post("/api/v1/account/reset")
+def reset():
+    """Start over: a new run of the account, with `cash` dollars and no holdings.
+
+    The key stays, and so do the trades of earlier runs.
+    """
+    query(NoOptions)
+    start = read(Reset) if request.content_length else Reset()
+    with Account.locked(g.user_id) as account:
+        account.start_over(start.cash, market.time(g.controls))
+    return {"user_id": g.user_id, "run": account.run, "cash_balance": account.cash_balance}
+
+
+@app.get("/api/v1/account/history")
+def account_history():
+    """How a run went: one point of the equity curve a trade and one for now, and a summary.
+
+    Past holdings are valued at what the market asked then: the recorded bar or the pin of that moment
+    on the sample market, the last quote that this server had published by then on the live one.
+    """
+    run = query(RunOption).run
+    books = Books.of(g.user_id)
+    run = run or books.account.run
+    if run not in books.runs:
+        raise Refused("not_found", f"Your account has no run {run}.")
+    portfolio = None
+    if run == books.account.run:
+        quotes = market.quotes([holding.ticker for holding in books.holdings], g.controls)
+        portfolio = books.account.portfolio(books.holdings, quotes)
+    past_price = market.past(g.user_id, {trade.ticker for trade in books.trades.get(run, [])})
+    return books.history(run, past_price, portfolio, market.time(g.controls))
+
+
+@app.get("/api/v1/account/audit")
+def audit():
+    """Whether your books hold: every trade replayed from the start, and compared to the last digit."""
+    query(NoOptions)
+    return Books.of(g.user_id).audit()
+
+
+@app.get("/api/v1/rules")
+def rules():
+    """The rules of trading, the costs, limits, scales and price sources in force."""
+    query(NoOptions)
+    return {
+        "rules": [
+            "A buy's price must be at or above the market price, a sell's at or below it.",
+            "A trade is booked at the price that the order names; without one, at the market price.",
+            "Cash must cover a buy, the holding a sell: no margin, no short selling.",
+            "Only tickers quoted in US dollars trade.",
+            "A trade is booked in full and at once, or not at all.",
+        ],
+        "order_types": ["limit", "market"],
+        "costs": {
+            "commission_bps": COSTS.commission_bps,
+            "commission_min": COSTS.commission_min,
+            "slippage_bps": COSTS.slippage_bps,
+        },
+        "limits": {"order": ORDER_LIMIT, "account": ACCOUNT_LIMIT, "body_bytes": 64 * 1024},
+        "scales": {"quantity": 8, "price": 8, "total_amount": 8, "percent": 2},
+        "starting_cash": STARTING_CASH,
+        "price_sources": PRICE_SOURCES,
+        "price_cache_seconds": BAR_SECONDS if market.is_sample else PRICE_CACHE_SECONDS,
+    }
+
+
+# The sample market, under the control of each account for itself.
+
+
+def need_sample_market() -> None:
+    if not market.is_sample:
+        raise Refused("market_is_live", "Only the sample market can be controlled: PRICE_SOURCES=sample.")
+
+
+def drilled_fault() -> str | None:
+    """The fault that the header `X-Simulate-Fault` asks for; some happen at once, in here."""
+    fault = request.headers.get("X-Simulate-Fault")
+    if fault is None:
+        return None
+    need_sample_market()
+    if latency := re.fullmatch("latency=([0-9]{1,5})", fault):
+        time.sleep(min(int(latency[1]), 10_000) / 1000)
+    elif fault == "price_unavailable":
+        raise Refused("price_unavailable", "A drill: no source gave a price in time.")
+    elif fault == "rate_limited":
+        raise Refused("rate_limited", "A drill: you ask too often.")
+    elif fault not in ("error_before_commit", "error_after_commit"):
+        raise invalid(
+            [
+                {
+                    "field": "X-Simulate-Fault",
+                    "message": "must be price_unavailable, rate_limited, error_before_commit, "
+                    "error_after_commit or latency=MILLISECONDS",
+                }
+            ]
+        )
+    return fault
+
+
+def market_now(account: Account | None = None):
+    controls = g.controls
+    if account:
+        controls = replace(controls, clock=account.market_clock)
+    pins = {pin.ticker: pin.price for pin in Pin.of(g.user_id)}
+    return {
+        "source": market.name,
+        "clock": "manual" if controls.clock else "wall",
+        "now": iso(market.time(controls)),
+        "first_bar": iso(market.bars[0]),
+        "last_bar": iso(market.bars[-1]),
+        "tickers": sorted(market.closes),
+        "pins": {ticker: price for ticker, price in sorted(pins.items()) if price},
+    }
+
+
+@app.get("/api/v1/market")
+def market_state():
+    """Your sample market: its clock, its recorded time, its tickers and the prices that you pinned."""
+    query(NoOptions)
+    need_sample_market()
+    return market_now()
+
+
+@app.put("/api/v1/market/clock")
+def set_clock():
+    """Stop your clock at a bar of the recorded past, or let it run again (`null`).
+
+    Between two bars it stops at the earlier one.
+    """
+    query(NoOptions)
+    need_sample_market()
+    at = read(Clock).at
+    if at and not market.bars[0] <= at <= market.bars[-1]:
+        span = f"from {iso(market.bars[0])} to {iso(market.bars[-1])}"
+        raise invalid([{"field": "at", "message": f"must be a time {span}"}])
+    with Account.locked(g.user_id) as account:
+        account.change(market_clock=at and market.bar_at(at))
+    return market_now(account)
+
+
+@app.post("/api/v1/market/advance")
+def advance():
+    """Move your stopped clock on by some bars; past the last one it does not go."""
+    query(NoOptions)
+    need_sample_market()
+    bars = (read(Advance) if request.content_length else Advance()).bars
+    with Account.locked(g.user_id) as account:
+        if account.market_clock is None:
+            raise Refused("clock_is_running", "Stop the clock first: PUT /api/v1/market/clock.")
+        account.change(market_clock=market.bar_after(account.market_clock, bars))
+    return market_now(account)
+
+
+@app.put("/api/v1/market/prices/<ticker>")
+def pin_price(ticker: str):
+    """Pin the price of a ticker, in dollars, for your account alone."""
+    query(NoOptions)
+    need_sample_market()
+    return pinned(ticker, read(PinnedPrice).price)
+
+
+@app.delete("/api/v1/market/prices/<ticker>")
+def unpin_price(ticker: str):
+    """Let a pinned price go again."""
+    query(NoOptions)
+    need_sample_market()
+    return pinned(ticker, None)
+
+
+def pinned(ticker: str, price: Decimal | None):
+    ticker = checked(PathTicker, {"ticker": ticker}).ticker
+    if ticker not in market.closes:
+        raise Refused("unknown_ticker", f"There is no ticker {ticker} here.", ticker=ticker)
+    with Account.locked(g.user_id) as account:
+        account.pin(ticker, price)
+    return market_now(account)
+
+
+# For whoever runs the server; `admit` lets only the admin's key come here.
+
+
+@app.post("/api/v1/users")
+def open_account():
+    """Open an account and answer its API key, this once."""
+    query(NoOptions)
+    new = read(NewAccount)
+    user_id, api_key = User.open(new.email, new.cash, new.key)
+    return {"user_id": user_id, "email": new.email, "cash_balance": new.cash, "api_key": api_key}, 201
+
+
+@app.get("/api/v1/users")
+def accounts():
+    """Every account, closed ones too."""
+    query(NoOptions)
+    return {"users": [User.to_dict(user) for user in User.all()]}
+
+
+@app.post("/api/v1/users/<int:user_id>/rotate-key")
+def new_key(user_id: int):
+    """Give an account a new API key, answered this once; the old one is refused from now on."""
+    query(NoOptions)
+    return {"user_id": user_id, "api_key": User.rotate_key(user_id)}
+
+
+@app.delete("/api/v1/users/<int:user_id>")
+def close_account(user_id: int):
+    """Close an account: its key is refused from now on, its trades stay."""
+    query(NoOptions)
+    User.close(user_id)
+    return {"user_id": user_id, "closed": True}
 
 
 @app.get("/health")
@@ -696,6 +995,20 @@ def close_user(email: str):
     """Close the account of EMAIL: its key is refused from now on, its trades stay."""
     User.close(User.id_of(email))
     click.echo(f"The account of {email} is closed.")
+
+
+@app.cli.command("audit")
+def audit_all():
+    """Replay every trade of every account and compare the books to the last digit."""
+    differences = count = 0
+    for user in User.all():
+        report = Books.of(user.id).audit()
+        count += report["trades"]
+        differences += len(report["differences"])
+        for sentence in report["differences"]:
+            click.echo(f"User {user.id}: {sentence}")
+    click.echo(f"{count} trades replayed, {differences} differences.")
+    sys.exit(1 if differences else 0)
 
 
 TEST_USER, TEST_KEY = "test@example.com", "test-api-key-123"

@@ -74,6 +74,7 @@ CREATE TABLE ibkr_trades (
     market_price NUMERIC(20, 8) NOT NULL, 
     price_source VARCHAR(20) NOT NULL, 
     idempotency_key VARCHAR(255) NOT NULL, 
+    market_time TIMESTAMP WITH TIME ZONE NOT NULL, 
     created_at TIMESTAMP WITH TIME ZONE NOT NULL, 
     CONSTRAINT pk_ibkr_trades PRIMARY KEY (id), 
     CONSTRAINT fk_ibkr_trades_user_id FOREIGN KEY(user_id) REFERENCES ibkr_users (id), 
@@ -120,6 +121,40 @@ CREATE TABLE ibkr_market (
 );
 
 UPDATE alembic_version SET version_num='0005' WHERE alembic_version.version_num = '0004';
+
+-- Running upgrade 0005 -> 0006
+
+CREATE TABLE ibkr_runs (
+    user_id BIGINT NOT NULL, 
+    run INTEGER NOT NULL, 
+    starting_cash NUMERIC(20, 8) NOT NULL, 
+    cash_balance NUMERIC(20, 8) NOT NULL, 
+    market_time TIMESTAMP WITH TIME ZONE NOT NULL, 
+    ended_at TIMESTAMP WITH TIME ZONE NOT NULL, 
+    CONSTRAINT pk_ibkr_runs PRIMARY KEY (user_id, run), 
+    CONSTRAINT fk_ibkr_runs_user_id FOREIGN KEY(user_id) REFERENCES ibkr_users (id), 
+    CONSTRAINT ck_ibkr_runs_starting_cash CHECK (starting_cash >= 0 AND starting_cash < 90000000000), 
+    CONSTRAINT ck_ibkr_runs_cash_balance CHECK (cash_balance >= 0 AND cash_balance < 90000000000)
+);
+
+CREATE TABLE ibkr_pins (
+    id BIGSERIAL NOT NULL, 
+    user_id BIGINT NOT NULL, 
+    ticker VARCHAR(20) NOT NULL, 
+    price NUMERIC(20, 8), 
+    created_at TIMESTAMP WITH TIME ZONE NOT NULL, 
+    CONSTRAINT pk_ibkr_pins PRIMARY KEY (id), 
+    CONSTRAINT fk_ibkr_pins_user_id FOREIGN KEY(user_id) REFERENCES ibkr_users (id), 
+    CONSTRAINT ck_ibkr_pins_price CHECK (price >= 0.00000001 AND price < 10000000000)
+);
+
+CREATE INDEX ix_ibkr_pins_user_id_id ON ibkr_pins (user_id, id);
+
+ALTER TABLE ibkr_balances ADD COLUMN market_clock TIMESTAMP WITH TIME ZONE;
+
+ALTER TABLE ibkr_balances ADD COLUMN pin_changes INTEGER DEFAULT '0' NOT NULL;
+
+UPDATE alembic_version SET version_num='0006' WHERE alembic_version.version_num = '0005';
 
 COMMIT;
 

@@ -13,8 +13,10 @@ import hashlib
 import re
 import secrets
 import sqlite3
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from typing import Annotated, Literal
@@ -304,10 +306,13 @@ class User(db.Model):
         return hashlib.sha256(api_key.encode()).hexdigest()
 
     @classmethod
-    def with_key(cls, api_key: str) -> int | None:
-        """The id of the user whose key this is. The hash is looked up, so timing tells nothing of the key."""
+    def with_key(cls, api_key: str) -> sa.Row | None:
+        """The user whose key this is: id, market_clock, pin_changes.
+
+        The hash is looked up, so timing tells nothing of the key.
+        """
         with reading() as connection:
-            return connection.scalar(USER_WITH_KEY, {"hash": cls.hash(api_key)})
+            return connection.execute(USER_WITH_KEY, {"hash": cls.hash(api_key)}).first()
 
     @classmethod
     def open(cls, email: str, cash: Decimal, api_key: str | None = None) -> tuple[int, str]:
@@ -371,11 +376,13 @@ class User(db.Model):
                 raise Refused("not_found", f"There is no open account with the id {user_id}.")
 
     def to_dict(self) -> dict:
+        """Works on a row of `all`."""
         return {
             "user_id": self.id,
             "email": self.email,
             "created_at": iso(self.created_at),
             "closed_at": iso(self.closed_at),
+            "cash_balance": self.cash_balance,
         }
 
 
@@ -456,6 +463,7 @@ class Trade(db.Model):
     market_price: Mapped[Amount]
     price_source: Mapped[str] = mapped_column(sa.String(20))
     idempotency_key: Mapped[str] = mapped_column(sa.String(255))
+    market_time: Mapped[Time]
     created_at: Mapped[Time]
 
     __table_args__ = (
@@ -562,6 +570,83 @@ class Trade(db.Model):
         }
 
 
+class Run(db.Model):
+    """A run of an account that has ended: what it began with, and where it stood when it ended."""
+
+    __tablename__ = "ibkr_runs"
+
+    user_id: Mapped[UserId] = mapped_column(primary_key=True)
+    run: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    starting_cash: Mapped[Amount]
+    cash_balance: Mapped[Amount]
+    market_time: Mapped[Time]
+    ended_at: Mapped[Time]
+
+    __table_args__ = (
+        within("starting_cash", 0, ACCOUNT_LIMIT),
+        within("cash_balance", 0, ACCOUNT_LIMIT),
+    )
+
+
+class Pin(db.Model):
+    """A price of the sample market that an account has fixed, or let go again (`price` is NULL).
+
+    Rows are only added, so that the past can be valued by what was pinned then.
+    """
+
+    __tablename__ = "ibkr_pins"
+    __table_args__ = (
+        Index(None, "user_id", "id"),
+        within("price", UNIT, ORDER_LIMIT),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[Id]
+    user_id: Mapped[UserId]
+    ticker: Mapped[str] = mapped_column(sa.String(20))
+    price: Mapped[Amount | None]
+    created_at: Mapped[Time]
+
+    @classmethod
+    def of(cls, user_id: int) -> Sequence[sa.Row]:
+        """Every pin that the user has set or let go, the oldest first."""
+        with reading() as connection:
+            return connection.execute(SELECT_PINS, {"user_id": user_id}).all()
+
+
+@dataclass(frozen=True)
+class Controls:
+    """How an account has set its sample market. The default is the wall clock and no pins.
+
+    `changes` counts the rows in `ibkr_pins`: a trade compares it to see whether a pin has moved.
+    """
+
+    clock: datetime | None = None
+    changes: int = 0
+    pins: dict[str, Decimal] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the broker takes: commission on every trade, slippage on market orders."""
+
+    commission_bps: Decimal = Decimal(0)
+    commission_min: Decimal = Decimal(0)
+    slippage_bps: Decimal = Decimal(0)
+
+    def commission(self, total: Decimal) -> Decimal:
+        """Dollars for a trade of `total` dollars, rounded up."""
+        share = EXACT.multiply(total, self.commission_bps) / 10_000
+        return rounded(max(share, self.commission_min), ROUND_CEILING)
+
+    def slipped(self, action: str, price: Decimal) -> Decimal:
+        """What a market order gets at a market price of `price`: a little worse, rounded against it."""
+        slip = EXACT.multiply(price, self.slippage_bps) / 10_000
+        if action == "buy":
+            return rounded(price + slip, ROUND_CEILING)
+        return max(rounded(price - slip, ROUND_FLOOR), UNIT)
+
+
 class Quote(db.Model):
     """What a source said that one share or coin costs, and until when that holds.
 
@@ -581,6 +666,9 @@ class Quote(db.Model):
 
     __table_args__ = (within("price", UNIT, ORDER_LIMIT),)
 
+    controls = None  # A quote of the sample market says by which controls of the account it holds,
+    market_time = None  # and which moment of the recorded past it is of.
+
     @property
     def is_in_dollars(self) -> bool:
         return self.currency == "USD"
@@ -591,6 +679,14 @@ class Quote(db.Model):
         with reading() as connection:
             row = connection.execute(LATEST_QUOTE, {"ticker": ticker}).first()
         return row and cls(**row._mapping)
+
+    @classmethod
+    def past(cls, tickers) -> Sequence[sa.Row]:
+        """Every quote of `tickers` ever published, the oldest first."""
+        columns = (cls.ticker, cls.timestamp, cls.price)
+        statement = sa.select(*columns).where(cls.ticker.in_(list(tickers))).order_by(cls.number)
+        with reading() as connection:
+            return connection.execute(statement).all()
 
     def publish(self) -> bool:
         """Make this the quote of all processes; False if another one came first with its `number`."""
@@ -643,6 +739,7 @@ class Account(db.Model):
     """A user's cash, and the rules by which it changes.
 
     `run` counts how often the account has started over; `starting_cash` is what this run began with.
+    `market_clock` and `pin_changes` are its controls of the sample market, see `Controls`.
     """
 
     __tablename__ = "ibkr_balances"
@@ -652,6 +749,8 @@ class Account(db.Model):
     starting_cash: Mapped[Amount]
     run: Mapped[int]
     updated_at: Mapped[Time]
+    market_clock: Mapped[Time | None]
+    pin_changes: Mapped[int] = mapped_column(server_default="0")
 
     __table_args__ = (
         within("cash_balance", 0, ACCOUNT_LIMIT),
@@ -660,12 +759,18 @@ class Account(db.Model):
 
     # The rules. They touch no database, and change nothing when they refuse.
 
-    def fill(self, order: Order, quote: Quote, holding: Holding) -> Trade:
+    def fill(self, order: Order, quote: Quote, holding: Holding, costs: Costs = Costs()) -> Trade:
         """Decide `order` at the market's `quote`: change this account and `holding`, answer the trade.
 
-        A limit order is booked at the price it names, a market order at the market's. Raises `Refused`.
+        A limit order is booked at the price it names, a market order at the market's, slipped. Raises
+        `Refused`, or `QuoteExpired` when the market has moved on since the quote was taken.
         """
         if quote.valid_until and quote.valid_until <= now():
+            raise QuoteExpired
+        if quote.controls and (quote.controls.clock, quote.controls.changes) != (
+            self.market_clock,
+            self.pin_changes,
+        ):
             raise QuoteExpired
         if not quote.is_in_dollars:
             raise Refused(
@@ -681,12 +786,17 @@ class Account(db.Model):
             trade_type=order.action,
             order_type="limit" if order.price else "market",
             quantity=order.quantity,
-            price=order.price or quote.price,
-            commission=Decimal(0),
+            price=order.price or costs.slipped(order.action, quote.price),
             market_price=quote.price,
             price_source=quote.source,
             created_at=now(),
         )
+        trade.market_time = quote.market_time or trade.created_at
+        rounding = ROUND_CEILING if order.action == "buy" else ROUND_FLOOR
+        trade.total_amount = value_of(trade.quantity, trade.price, rounding)
+        trade.commission = costs.commission(trade.total_amount)
+        if trade.price >= ORDER_LIMIT:
+            raise Refused("limit_exceeded", f"A price stays below {ORDER_LIMIT}.", limit=ORDER_LIMIT)
         if order.action == "buy":
             self.buy(trade, holding)
         else:
@@ -703,7 +813,6 @@ class Account(db.Model):
                 price=trade.price,
                 market_price=trade.market_price,
             )
-        trade.total_amount = value_of(trade.quantity, trade.price, ROUND_CEILING)
         cost = trade.total_amount + trade.commission
         if cost > self.cash_balance:
             raise Refused(
@@ -731,8 +840,15 @@ class Account(db.Model):
                 required=trade.quantity,
                 available=holding.quantity,
             )
-        trade.total_amount = value_of(trade.quantity, trade.price, ROUND_FLOOR)
         proceeds = trade.total_amount - trade.commission
+        if self.cash_balance + proceeds < 0:
+            raise Refused(
+                "insufficient_funds",
+                f"The commission of {plain(trade.commission)} is more than the {plain(trade.total_amount)} "
+                f"that this brings and the {plain(self.cash_balance)} that you have.",
+                required=trade.commission,
+                available=self.cash_balance + trade.total_amount,
+            )
         if max(trade.total_amount, self.cash_balance + proceeds) >= ACCOUNT_LIMIT:
             raise Refused(
                 "limit_exceeded",
@@ -827,6 +943,37 @@ class Account(db.Model):
         row = {name: getattr(trade, name) for name in TRADE_COLUMNS}
         trade.id = self.connection.scalar(INSERT_TRADE, row)
 
+    def start_over(self, cash: Decimal, market_time: datetime) -> None:
+        """End this run and begin the next with `cash` dollars and no holdings. The trades stay."""
+        self.connection.execute(
+            sa.insert(Run),
+            {
+                "user_id": self.user_id,
+                "run": self.run,
+                "starting_cash": self.starting_cash,
+                "cash_balance": self.cash_balance,
+                "market_time": market_time,
+                "ended_at": now(),
+            },
+        )
+        self.connection.execute(sa.delete(Holding).where(Holding.user_id == self.user_id))
+        self.change(run=self.run + 1, cash_balance=cash, starting_cash=cash)
+
+    def pin(self, ticker: str, price: Decimal | None) -> None:
+        """Fix `ticker` at `price` dollars on this account's sample market, or let it go."""
+        self.connection.execute(
+            sa.insert(Pin),
+            {"user_id": self.user_id, "ticker": ticker, "price": price, "created_at": now()},
+        )
+        self.change(pin_changes=self.pin_changes + 1)
+
+    def change(self, **values) -> None:
+        """Write `values` to the account's row."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        own = Account.user_id == self.user_id
+        self.connection.execute(sa.update(Account).where(own).values(**values, updated_at=now()))
+
 
 class QuoteExpired(Exception):
     """The quote stopped holding while the trade waited for its lock; ask for the price again."""
@@ -845,11 +992,146 @@ def commit(transaction: sa.RootTransaction) -> None:
         raise
 
 
+# ------------------------------------------------------------------------------------- The results
+
+
+@dataclass
+class Books:
+    """All that is written of one account, read at one moment."""
+
+    account: Account
+    holdings: Sequence[sa.Row]
+    runs: dict[int, Run | Account]
+    trades: dict[int, list[sa.Row]]
+
+    @classmethod
+    def of(cls, user_id: int) -> "Books":
+        options = {"read_only": True}
+        if db.engine.dialect.name != "sqlite":  # Where each statement would see a moment of its own.
+            options = {"isolation_level": "REPEATABLE READ"}
+        with db.engine.connect().execution_options(**options) as connection:
+            own = {"user_id": user_id}
+            account = connection.execute(sa.select(Account.__table__).filter_by(**own)).one()
+            holdings = connection.execute(sa.select(Holding.__table__).filter_by(**own)).all()
+            runs = connection.execute(sa.select(Run.__table__).filter_by(**own).order_by(Run.run))
+            trades = defaultdict(list)
+            for trade in connection.execute(sa.select(Trade.__table__).filter_by(**own).order_by(Trade.id)):
+                trades[trade.run].append(trade)
+            ended = {run.run: run for run in runs}
+        return cls(Account(**account._mapping), holdings, ended | {account.run: account}, trades)
+
+    def audit(self) -> dict:
+        """Replay the trades from the start and compare: every balance, holding and cost.
+
+        Answers `{"ok", "trades", "differences"}`, with a sentence for each difference. Every run begins
+        with its starting cash and no holdings, and must end with what the account says that it had.
+        """
+        differences = []
+
+        def compare(what: str, booked, replayed) -> None:
+            if booked != replayed:
+                booked, replayed = (None if n is None else plain(n) for n in (booked, replayed))
+                differences.append(f"{what} is {booked}, and the trades make it {replayed}.")
+
+        for number, run in self.runs.items():
+            account, held = Account(cash_balance=run.starting_cash), {}
+            for row in self.trades.get(number, []):
+                trade = Trade(**row._mapping)
+                holding = held.setdefault(trade.ticker, Holding(quantity=Decimal(0), cost_basis=Decimal(0)))
+                is_buy = trade.trade_type == "buy"
+                total = value_of(trade.quantity, trade.price, ROUND_CEILING if is_buy else ROUND_FLOOR)
+                compare(f"Trade {row.id}: total_amount", row.total_amount, total)
+                try:
+                    (account.buy if is_buy else account.sell)(trade, holding)
+                except Refused as refused:
+                    differences.append(f"Trade {row.id} should have been refused: {refused}")
+                compare(f"Trade {row.id}: realized_pnl", row.realized_pnl, trade.realized_pnl)
+                compare(f"Trade {row.id}: cash_after", row.cash_after, account.cash_balance)
+            compare(f"Run {number}: cash_balance", run.cash_balance, account.cash_balance)
+        zero = Holding(quantity=Decimal(0), cost_basis=Decimal(0))
+        booked = {holding.ticker: holding for holding in self.holdings}
+        for ticker in sorted(booked.keys() | held.keys()):
+            for name in ("quantity", "cost_basis"):
+                pair = (getattr(side.get(ticker, zero), name) for side in (booked, held))
+                compare(f"{ticker}: {name}", *pair)
+        count = sum(map(len, self.trades.values()))
+        return {"ok": not differences, "trades": count, "differences": differences}
+
+    def history(self, number: int, past_price, portfolio: dict | None, market_time: datetime) -> dict:
+        """How run `number` went: its equity curve and the figures that sum it up.
+
+        One point a trade: cash, and the holdings at what the market asked at that moment, which
+        `past_price(ticker, moment, market_time)` knows (the ticker that was traded: its own
+        `market_price`). The last point is `portfolio`, the account now; a run that has ended is valued
+        at its end. Dollars, and percentages:
+
+        - total return: equity / starting cash - 1;
+        - maximum drawdown: the deepest fall of equity below its highest point before, as a part of that
+          point; the starting cash is the first;
+        - win rate: sales with a profit above 0 / all sales;
+        - profit factor: the sum of all profits / the sum of all losses of sales.
+        """
+        run, trades = self.runs[number], self.trades.get(number, [])
+        points, held, prices = [], defaultdict(Decimal), {}
+
+        def add_point(moment: datetime, market_time: datetime, cash: Decimal, traded: str | None):
+            for ticker in held.keys() - {traded}:
+                prices[ticker] = past_price(ticker, moment, market_time) or prices[ticker]
+            value = sum((value_of(held[t], prices[t]) for t in held if held[t]), Decimal(0))
+            points.append(
+                {"timestamp": iso(market_time), "cash": cash, "market_value": value, "equity": cash + value}
+            )
+
+        for trade in trades:
+            held[trade.ticker] += trade.quantity if trade.trade_type == "buy" else -trade.quantity
+            prices[trade.ticker] = trade.market_price
+            add_point(trade.created_at, trade.market_time, trade.cash_after, trade.ticker)
+        if portfolio:
+            now_worth = {name: portfolio[name] for name in ("market_value", "equity")}
+            points.append({"timestamp": iso(market_time), "cash": run.cash_balance, **now_worth})
+        else:
+            add_point(run.ended_at, run.market_time, run.cash_balance, None)
+
+        equity, start = points[-1]["equity"], run.starting_cash
+        peak, drawdown = start, Decimal(0)
+        for point in points:
+            if point["equity"] is not None and peak:
+                peak = max(peak, point["equity"])
+                drawdown = max(drawdown, EXACT.divide(peak - point["equity"], peak))
+        sales = [trade.realized_pnl for trade in trades if trade.trade_type == "sell"]
+        profits = sum((sale for sale in sales if sale > 0), Decimal(0))
+        losses = -sum((sale for sale in sales if sale < 0), Decimal(0))
+        return {
+            "run": number,
+            "points": points,
+            "summary": {
+                "starting_cash": start,
+                "equity": equity,
+                "total_return_percent": None if equity is None else percent(equity - start, start),
+                "max_drawdown_percent": percent(drawdown, Decimal(1)),
+                "trades": len(trades),
+                "realized_pnl": sum(sales, Decimal(0)),
+                "win_rate_percent": percent(Decimal(sum(s > 0 for s in sales)), Decimal(len(sales))),
+                "profit_factor": rounded(EXACT.divide(profits, losses)) if losses else None,
+                "commission": sum((trade.commission for trade in trades), Decimal(0)),
+            },
+        }
+
+
 # -------------------------------------------------------------------------------------- Statements
 # Built once: building one costs Python more than sending it. All of them are plain SQL in SQLAlchemy's
 # words, and go over a connection, not a session: there is no second copy of a row that could be stale.
 
-USER_WITH_KEY = sa.select(User.id).where(User.api_key_hash == bindparam("hash"), User.closed_at.is_(None))
+USER_WITH_KEY = (
+    sa.select(User.id, Account.market_clock, Account.pin_changes)
+    .join(Account, Account.user_id == User.id)
+    .where(User.api_key_hash == bindparam("hash"), User.closed_at.is_(None))
+)
+SELECT_PINS = (
+    sa.select(Pin.ticker, Pin.price, Pin.created_at)
+    .where(Pin.user_id == bindparam("user_id"))
+    .order_by(Pin.id)
+)
 LOCK_ACCOUNT = sa.select(Account.__table__).where(Account.user_id == bindparam("user_id")).with_for_update()
 SELECT_HOLDING = sa.select(Holding.quantity, Holding.cost_basis).where(
     Holding.user_id == bindparam("user_id"), Holding.ticker == bindparam("ticker")

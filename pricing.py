@@ -13,9 +13,10 @@ import re
 import threading
 import time
 from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
@@ -28,6 +29,8 @@ from urllib3.exceptions import HTTPError
 
 from models import (
     ORDER_LIMIT,
+    Controls,
+    Pin,
     Quote,
     Refused,
     checked_amount,
@@ -88,6 +91,16 @@ def priced(ticker: str, price, currency: str | None, source: str) -> Quote:
     if currency is not None and not (isinstance(currency, str) and len(currency) <= 10):
         raise SourceFailed("its currency is no currency")
     return Quote(ticker=ticker, price=price, currency=currency, source=source, timestamp=now())
+
+
+def latest(prices: list[tuple[datetime, Decimal]], moment: datetime) -> Decimal | None:
+    """The last of `prices`, which are ordered by time, that is not after `moment`."""
+    past = bisect_right(prices, moment, key=itemgetter(0))
+    return prices[past - 1][1] if past else None
+
+
+PastPrice = Callable[[str, datetime, datetime], Decimal | None]
+"""`price(ticker, moment, market_time)`: dollars, or None where nothing is known."""
 
 
 def no_such_ticker(ticker: str) -> Refused:
@@ -214,6 +227,20 @@ class LiveMarket:
                 verdicts.append(no_price(ticker))
         raise verdicts[0]
 
+    def time(self, controls=None) -> datetime:
+        return now()
+
+    def past(self, user_id: int, tickers: Iterable[str]) -> PastPrice:
+        """What a ticker cost at some moment: the last quote that any process had published by then."""
+        quotes = defaultdict(list)
+        for quote in Quote.past(tickers):
+            quotes[quote.ticker].append((quote.timestamp, quote.price))
+
+        def price(ticker: str, moment: datetime, market_time: datetime) -> Decimal | None:
+            return latest(quotes[ticker], moment)
+
+        return price
+
     def health(self) -> dict:
         """What this process has seen: hits and misses of its cache, and each source's record."""
         return {
@@ -303,6 +330,8 @@ class Yahoo(Source):
 
             def request(self, method, url, **options):
                 options["timeout"] = REQUEST_SECONDS
+                if url.startswith(Yahoo.URL):
+                    options["allow_redirects"] = False
                 return super().request(method, url, **options)
 
         logging.getLogger("yfinance").setLevel(logging.CRITICAL)  # A failure is one line, and ours.
@@ -320,7 +349,7 @@ class Yahoo(Source):
             if type(error).__name__ == "YFRateLimitError":
                 raise RateLimited("it says that we ask too often") from None
             raise SourceFailed(f"no answer ({type(error).__name__})") from None
-        if response.redirect_count or response.status_code not in (200, 404):
+        if response.status_code not in (200, 404):
             raise SourceFailed(f"it answered HTTP {response.status_code}")
         answer = parsed(response.content)
         try:
@@ -379,13 +408,17 @@ class AlphaVantage(Source):
                 allow_redirects=False,
                 stream=True,
             ) as response:
-                body = response.raw.read(ANSWER_BYTES + 1, decode_content=True)
+                body, deadline = b"", time.monotonic() + REQUEST_SECONDS
+                while part := response.raw.read1(ANSWER_BYTES, decode_content=True):
+                    body += part
+                    if len(body) > ANSWER_BYTES or time.monotonic() > deadline:
+                        raise SourceFailed("its answer is too long or too slow")
         except (requests.RequestException, HTTPError) as error:
             raise SourceFailed(f"no answer ({type(error).__name__})") from None
         if response.status_code == 429:
             raise RateLimited("it says that we ask too often")
-        if response.status_code != 200 or len(body) > ANSWER_BYTES:
-            raise SourceFailed(f"it answered HTTP {response.status_code} and {len(body)} bytes")
+        if response.status_code != 200:
+            raise SourceFailed(f"it answered HTTP {response.status_code}")
         answer = parsed(body)
         if not isinstance(answer, dict):
             raise SourceFailed("its answer has no price")
@@ -415,12 +448,7 @@ BAR_SECONDS = 60
 """The sample market moves on by one recorded bar a minute, and begins again after the last."""
 
 
-@dataclass(frozen=True)
-class Controls:
-    """How an account has set its sample market: a stopped clock, and prices that it has pinned."""
-
-    clock: datetime | None = None
-    pins: dict[str, Decimal] = field(default_factory=dict)
+WALL_CLOCK = Controls()
 
 
 class SampleMarket:
@@ -460,17 +488,26 @@ class SampleMarket:
             self.bars.append(moment)
 
     def bar_at(self, moment: datetime) -> datetime:
-        """The bar that the wall clock shows at `moment`."""
-        return self.bars[int(moment.timestamp()) // BAR_SECONDS % len(self.bars)]
+        """The last bar that is not after `moment`."""
+        return self.bars[bisect_right(self.bars, moment) - 1]
 
-    def quote(self, ticker: str, controls: Controls = Controls()) -> Quote:
-        """The price of `ticker` in dollars, at the account's stopped clock or at the wall clock."""
-        moment = now()
-        price = controls.pins.get(ticker) or self.price(ticker, controls.clock or self.bar_at(moment))
+    def bar_after(self, bar: datetime, count: int) -> datetime:
+        """The bar that comes `count` bars after `bar`, or the last one."""
+        return self.bars[min(bisect_right(self.bars, bar) - 1 + count, len(self.bars) - 1)]
+
+    def time(self, controls: Controls = WALL_CLOCK) -> datetime:
+        """The market's time: the account's stopped clock, or the bar that the wall clock shows."""
+        minute = int(time.time()) // BAR_SECONDS
+        return controls.clock or self.bars[minute % len(self.bars)]
+
+    def quote(self, ticker: str, controls: Controls = WALL_CLOCK) -> Quote:
+        """The price of `ticker` in dollars at the account's clock, or what the account pinned it at."""
+        minute = now().replace(second=0, microsecond=0)
+        market_time = self.time(controls)
+        price = controls.pins.get(ticker) or self.price(ticker, market_time)
         if price is None:
             raise no_such_ticker(ticker)
-        minute = moment.replace(second=0, microsecond=0)
-        return Quote(
+        quote = Quote(
             ticker=ticker,
             price=price,
             currency="USD",
@@ -478,19 +515,30 @@ class SampleMarket:
             timestamp=controls.clock or minute,
             valid_until=None if controls.clock else minute + timedelta(seconds=BAR_SECONDS),
         )
+        quote.controls, quote.market_time = controls, market_time
+        return quote
 
-    def quotes(self, tickers: list[str], controls: Controls = Controls()) -> dict[str, Quote]:
+    def quotes(self, tickers: list[str], controls: Controls = WALL_CLOCK) -> dict[str, Quote]:
         quotes = {}
         for ticker in tickers:
             with suppress(Refused):
                 quotes[ticker] = self.quote(ticker, controls)
         return quotes
 
+    def past(self, user_id: int, tickers: Iterable[str]) -> PastPrice:
+        """What a ticker cost this user at some moment: the pin in force then, or the recorded bar."""
+        pins = defaultdict(list)
+        for pin in Pin.of(user_id):
+            pins[pin.ticker].append((pin.created_at, pin.price))
+
+        def price(ticker: str, moment: datetime, market_time: datetime) -> Decimal | None:
+            return latest(pins[ticker], moment) or self.price(ticker, market_time)
+
+        return price
+
     def price(self, ticker: str, bar: datetime) -> Decimal | None:
         """What `ticker` cost last at `bar`, in dollars."""
-        closes = self.closes.get(ticker, [])
-        past = bisect_right(closes, bar, key=itemgetter(0))
-        return closes[past - 1][1] if past else None
+        return latest(self.closes.get(ticker, []), bar)
 
     def health(self) -> dict:
         return {self.name: {"tickers": len(self.closes), "bars": len(self.bars)}}

@@ -38,6 +38,7 @@ def upgrade():
         sa.Column("market_price", AMOUNT, nullable=False),
         sa.Column("price_source", sa.String(20), nullable=False),
         sa.Column("idempotency_key", sa.String(255), nullable=False),
+        sa.Column("market_time", sa.DateTime(timezone=True), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_ibkr_trades"),
         sa.ForeignKeyConstraint(["user_id"], ["ibkr_users.id"], name="fk_ibkr_trades_user_id"),
