@@ -955,7 +955,12 @@ class Commands(AppGroup):
         except Refused as refusal:
             raise click.ClickException(refusal.detail) from None
         except DBAPIError as error:
-            raise click.ClickException(f"The database says: {error.orig}".strip()) from None
+            raise click.ClickException(database_says(error)) from None
+
+
+def database_says(error: DBAPIError) -> str:
+    reason = str(error.orig).splitlines()[0]
+    return f"The database cannot be used (is it up to date? flask --app app db upgrade): {reason}"
 
 
 users = Commands("user", help="Open and close accounts.")
@@ -1036,7 +1041,7 @@ def serve() -> None:
     except Refused as refusal:
         sys.exit(refusal.detail)
     except DBAPIError as error:
-        sys.exit(f"The database does not answer as it should: {str(error.orig).strip()}")
+        sys.exit(database_says(error))
     except OSError as error:
         sys.exit(f"HOST={HOST} PORT={PORT} cannot be served: {error}")
     url = f"http://{HOST}:{PORT}"

@@ -1,0 +1,140 @@
+"""What an operator types: `flask user`, `flask audit`, `python app.py`, and settings that are wrong."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import requests
+from conftest import ROOT, Server, Trader, environment, flask
+
+
+def user(database, *arguments):
+    return flask("user", *arguments, DATABASE_URL=database.url, PRICE_SOURCES="sample")
+
+
+def test_an_account_is_opened_listed_rekeyed_and_closed(database, server, engine_name):
+    email = "carol@example.com"
+    added = user(database, "add", email, "--cash", "1234.5")
+    assert added.returncode == 0, added.stderr
+    key = added.stdout.split()[-1]
+    assert re.fullmatch(r"[A-Za-z0-9_-]{43}", key)
+    carol = Trader(server, email, key, 0)
+    assert str(carol.cash) == "1234.5"
+    assert email in user(database, "list").stdout
+
+    new_key = user(database, "rotate-key", email).stdout.split()[-1]
+    assert carol.ask("GET", "/api/v1/balance").status_code == 401
+    carol = Trader(server, email, new_key, 0)
+    assert carol.ask("GET", "/api/v1/balance").status_code == 200
+
+    assert user(database, "close", email).returncode == 0
+    assert carol.ask("GET", "/api/v1/balance").status_code == 401
+    again = user(database, "close", email)
+    assert (again.returncode, again.stderr) == (1, f"Error: There is no open account of {email}.\n")
+
+
+def test_a_key_is_kept_as_its_hash_alone(alice, database):
+    (row,) = database.run("SELECT * FROM ibkr_users WHERE id = :id", id=alice.user_id)
+    assert alice.key not in str(row)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("not-an-email",),
+        ("d@example.com", "--cash", "-1"),
+        ("d@example.com", "--cash", "90000000000"),
+        ("d@example.com", "--cash", "NaN"),
+        ("d@example.com", "--key", "short"),
+    ],
+)
+def test_an_account_that_cannot_be_opened_is_one_clear_line(database, arguments):
+    before = user(database, "list").stdout
+    done = user(database, "add", *arguments)
+    assert done.returncode == 1
+    assert re.fullmatch(r"Error: .+\n", done.stderr)
+    assert user(database, "list").stdout == before
+
+
+def test_an_email_in_use_is_refused_and_nothing_is_made(alice, database):
+    count = "SELECT (SELECT count(*) FROM ibkr_users) - (SELECT count(*) FROM ibkr_balances)"
+    done = user(database, "add", alice.email)
+    assert done.returncode == 1
+    assert done.stderr == f"Error: The email {alice.email} or its API key is already in use.\n"
+    assert database.run(count) == [(0,)]
+
+
+def test_accounts_are_managed_over_http(server):
+    dave = server.trader(cash="7.5", name="dave")
+    admin = {"Authorization": "Bearer the-admin-key-of-the-tests"}
+    base = f"{server.url}/api/v1/users"
+    listed = requests.get(base, headers=admin, timeout=9).json()["users"]
+    assert {"user_id": dave.user_id, "email": dave.email, "cash_balance": 7.5}.items() <= listed[-1].items()
+    rotated = requests.post(f"{base}/{dave.user_id}/rotate-key", headers=admin, timeout=9).json()
+    assert dave.ask("GET", "/api/v1/balance").status_code == 401
+    dave = Trader(server, dave.email, rotated["api_key"], dave.user_id)
+    assert dave.ask("GET", "/api/v1/balance").status_code == 200
+    assert requests.delete(f"{base}/{dave.user_id}", headers=admin, timeout=9).json()["closed"] is True
+    assert dave.ask("GET", "/api/v1/balance").status_code == 401
+    assert requests.delete(f"{base}/{dave.user_id}", headers=admin, timeout=9).status_code == 404
+    taken = requests.post(base, json={"email": dave.email}, headers=admin, timeout=9)
+    assert (taken.status_code, taken.json()["code"]) == (409, "already_exists")
+
+
+def test_the_audit_command_finds_nothing_on_honest_books(alice, database):
+    alice.sees("AAPL", at=10).buys(3, "AAPL")
+    done = flask("audit", DATABASE_URL=database.url, PRICE_SOURCES="sample")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.endswith("trades replayed, 0 differences.\n")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"PORT": "abc"},
+        {"PORT": "70000"},
+        {"PRICE_SOURCES": "bloomberg"},
+        {"PRICE_SOURCES": "yahoo,sample"},
+        {"PRICE_SOURCES": "alphavantage"},
+        {"DATABASE_URL": "mysql://localhost/x"},
+        {"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/x"},
+        {"PRICE_CACHE_SECONDS": "0"},
+        {"STARTING_CASH": "-5"},
+        {"COMMISSION_BPS": "NaN"},
+        {"SAMPLE_MARKET": "/nowhere.csv"},
+    ],
+    ids=str,
+)
+def test_a_bad_setting_ends_with_one_clear_line(bad):
+    settings = {"PRICE_SOURCES": "sample", "PORT": 1, "DATABASE_URL": "sqlite:////nowhere/x.db"} | bad
+    done = subprocess.run(
+        [sys.executable, "app.py"],
+        cwd=ROOT,
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_the_test_user_is_never_made_on_a_database_that_was_named(new_database):
+    database = new_database().migrate()
+    with Server(database.url, command=[sys.executable, "app.py"]):
+        assert database.run("SELECT count(*) FROM ibkr_users") == [(0,)]
+
+
+def test_a_database_without_tables_is_one_clear_line(new_database):
+    done = subprocess.run(
+        [sys.executable, "app.py"],
+        cwd=ROOT,
+        env=environment(PRICE_SOURCES="sample", DATABASE_URL=new_database().url),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr

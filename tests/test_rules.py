@@ -1,0 +1,174 @@
+"""The rules of trading, without a database: an account, an order, a quote, and what becomes of them."""
+
+import sys
+from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from models import (  # noqa: E402
+    ACCOUNT_LIMIT,
+    UNIT,
+    Account,
+    Costs,
+    Holding,
+    Order,
+    Quote,
+    QuoteExpired,
+    Refused,
+    now,
+    plain,
+)
+
+
+def account(cash="1000"):
+    return Account(user_id=1, run=1, cash_balance=Decimal(cash), starting_cash=Decimal(cash))
+
+
+def holding(quantity="0", cost="0"):
+    return Holding(quantity=Decimal(quantity), cost_basis=Decimal(cost))
+
+
+def order(action, quantity, price=None):
+    limit = {} if price is None else {"price": str(price)}
+    return Order(ticker="AAPL", action=action, quantity=str(quantity), **limit)
+
+
+def quote(price, currency="USD", **more):
+    return Quote(ticker="AAPL", price=Decimal(price), currency=currency, source="sample", **more)
+
+
+def test_buying_takes_cash_and_adds_to_the_cost_of_the_holding():
+    alice, apple = account("1000"), holding("1", "90")
+    trade = alice.fill(order("buy", 2, "110"), quote("100"), apple)
+    assert (trade.price, trade.total_amount, trade.cash_after) == (110, 220, 780)
+    assert (alice.cash_balance, apple.quantity, apple.cost_basis) == (780, 3, 310)
+
+
+def test_selling_takes_its_share_of_the_cost_out():
+    alice, apple = account("0"), holding("3", "100")
+    trade = alice.fill(order("sell", 1), quote("50"), apple)
+    assert apple.cost_basis == Decimal("66.66666667")
+    assert trade.realized_pnl == Decimal("16.66666667")
+
+
+def test_the_last_share_takes_all_of_the_cost_that_is_left():
+    alice, apple = account("0"), holding("3", "100")
+    for _ in range(3):
+        alice.fill(order("sell", 1), quote("50"), apple)
+    assert (apple.quantity, apple.cost_basis, alice.cash_balance) == (0, 0, 150)
+
+
+def test_a_buy_rounds_up_and_a_sale_rounds_down():
+    alice, apple = account("1"), holding()
+    tiny = order("buy", "0.00000001")
+    assert alice.fill(tiny, quote("0.00000001"), apple).total_amount == UNIT
+    assert alice.fill(order("sell", "0.00000001"), quote("0.00000001"), apple).total_amount == 0
+
+
+def test_commission_costs_a_buyer_and_a_seller():
+    costs = Costs(commission_bps=Decimal(10), commission_min=Decimal(1))
+    alice, apple = account("10000"), holding()
+    bought = alice.fill(order("buy", 10), quote("500"), apple, costs)
+    assert (bought.commission, apple.cost_basis, alice.cash_balance) == (5, 5005, 4995)
+    sold = alice.fill(order("sell", 1), quote("500"), apple, costs)
+    assert (sold.commission, sold.realized_pnl) == (1, 500 - 1 - Decimal("500.5"))
+
+
+def test_slippage_moves_market_orders_only_and_against_the_trader():
+    costs = Costs(slippage_bps=Decimal(50))
+    alice, apple = account("10000"), holding("10", "1")
+    assert alice.fill(order("buy", 1), quote("100"), apple, costs).price == Decimal("100.5")
+    assert alice.fill(order("sell", 1), quote("100"), apple, costs).price == Decimal("99.5")
+    assert alice.fill(order("buy", 1, 100), quote("100"), apple, costs).price == 100
+
+
+def test_a_commission_that_neither_the_sale_nor_the_cash_covers_is_refused():
+    alice, apple = account("1"), holding("1", "1")
+    with pytest.raises(Refused, match="more than"):
+        alice.fill(order("sell", 1), quote("1"), apple, Costs(commission_min=Decimal(3)))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "asked", "code"),
+    [
+        (order("buy", 1, "99.99999999"), quote("100"), "price_below_market"),
+        (order("sell", 1, "100.00000001"), quote("100"), "price_above_market"),
+        (order("buy", "10.00000001"), quote("100"), "insufficient_funds"),
+        (order("sell", "5.00000001"), quote("100"), "insufficient_shares"),
+        (order("buy", 1), quote("100", "EUR"), "unsupported_currency"),
+        (order("buy", 1), quote("100", None), "unsupported_currency"),
+    ],
+)
+def test_a_refused_order_changes_nothing(wanted, asked, code):
+    alice, apple = account("1000"), holding("5", "400")
+    with pytest.raises(Refused) as refusal:
+        alice.fill(wanted, asked, apple)
+    assert refusal.value.code == code
+    assert (alice.cash_balance, apple.quantity, apple.cost_basis) == (1000, 5, 400)
+
+
+def test_a_quote_that_has_expired_judges_no_trade():
+    with pytest.raises(QuoteExpired):
+        account().fill(order("buy", 1), quote("1", valid_until=now()), holding())
+    account().fill(order("buy", 1), quote("1", valid_until=now() + timedelta(seconds=9)), holding())
+
+
+@pytest.mark.parametrize("field", ["quantity", "cost_basis"])
+def test_a_holding_stays_below_the_limit_of_an_account(field):
+    full = holding(**{"quantity": "1", "cost": "1"})
+    setattr(full, field, ACCOUNT_LIMIT - 1)
+    with pytest.raises(Refused, match="stays below"):
+        account("10").fill(order("buy", 1), quote("1"), full)
+
+
+def test_digits_are_shown_plainly():
+    shown = [plain(Decimal(n)) for n in ("1E-8", "1E+2", "10.50", "-0", "-0.00", "1499.95000000")]
+    assert shown == ["0.00000001", "100", "10.5", "0", "0", "1499.95"]
+
+
+amounts = st.decimals("0.00000001", "9999999999", places=8)
+deals = st.lists(st.tuples(st.booleans(), amounts, amounts), max_size=25)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.decimals("0", "89999999999", places=8), deals)
+def test_the_books_agree_with_exact_fractions_whatever_is_traded(cash, orders):
+    """An oracle of its own: cash and cost as fractions, rounded by integer division alone."""
+    alice, apple = account(cash), holding()
+    unit = 10**8
+    cash_units, shares, cost = int(cash * unit), 0, 0
+    realized = 0
+    for is_buy, quantity, price in orders:
+        if not is_buy and shares:
+            quantity = Decimal(int(quantity * unit) % shares + 1) / unit
+        exact = Fraction(quantity) * Fraction(price) * unit
+        total = -(-exact.numerator // exact.denominator) if is_buy else exact.numerator // exact.denominator
+        try:
+            trade = alice.fill(
+                order("buy" if is_buy else "sell", f"{quantity:f}", f"{price:f}"), quote(price), apple
+            )
+        except Refused:
+            continue
+        if is_buy:
+            cash_units, shares, cost = cash_units - total, shares + int(quantity * unit), cost + total
+        else:
+            sold = int(quantity * unit)
+            taken = cost if sold == shares else round(Fraction(cost * sold, shares))
+            cash_units, shares, cost = cash_units + total, shares - sold, cost - taken
+            realized += total - taken
+            assert trade.realized_pnl * unit == total - taken
+        assert trade.total_amount * unit == total
+        assert (alice.cash_balance * unit, apple.quantity * unit, apple.cost_basis * unit) == (
+            cash_units,
+            shares,
+            cost,
+        )
+        assert min(cash_units, shares, cost) >= 0
+        assert cash_units + cost == int(cash * unit) + realized

@@ -1,0 +1,101 @@
+"""The tables come from migrations alone, the same on both databases."""
+
+import pytest
+from conftest import ROOT, flask
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import DBAPIError
+
+
+def columns(database) -> dict:
+    looked = inspect(database.engine)
+    return {table: {c["name"] for c in looked.get_columns(table)} for table in looked.get_table_names()}
+
+
+def test_the_schema_goes_up_and_down_and_up_again(new_database):
+    database = new_database()
+    for step in (["upgrade"], ["check"], ["downgrade", "base"], ["upgrade"], ["check"]):
+        done = flask("db", *step, DATABASE_URL=database.url)
+        assert done.returncode == 0, done.stderr
+    assert "No new upgrade operations detected" in done.stdout + done.stderr
+
+
+def test_the_tables_have_the_columns_that_were_promised(database):
+    tables = columns(database)
+    assert tables["ibkr_users"] == {"id", "email", "api_key_hash", "created_at", "closed_at"}
+    assert tables["ibkr_balances"] >= {"user_id", "cash_balance", "starting_cash", "run", "updated_at"}
+    assert tables["ibkr_stock_balances"] == {"user_id", "ticker", "quantity", "cost_basis", "updated_at"}
+    assert tables["ibkr_trades"] >= set(
+        "id user_id run ticker trade_type quantity price total_amount commission realized_pnl cash_after "
+        "market_price price_source idempotency_key created_at".split()
+    )
+
+
+def test_the_paste_makes_what_the_migrations_make(engine_name, new_database):
+    if engine_name == "sqlite":
+        pytest.skip("database_setup.sql is for PostgreSQL")
+    migrated, pasted = new_database().migrate(), new_database()
+    with pasted.engine.connect() as connection:
+        connection.connection.cursor().execute((ROOT / "database_setup.sql").read_text())
+
+    def dump(database):
+        looked = inspect(database.engine)
+        checks = {
+            table: (
+                looked.get_columns(table, include_identity=True) and columns(database)[table],
+                sorted(map(str, looked.get_check_constraints(table))),
+                sorted(map(str, looked.get_foreign_keys(table))),
+                sorted(map(str, looked.get_unique_constraints(table))),
+                sorted(map(str, looked.get_indexes(table))),
+            )
+            for table in looked.get_table_names()
+        }
+        types = "SELECT table_name, column_name, data_type, is_nullable, column_default FROM "
+        return (
+            checks,
+            sorted(database.run(types + "information_schema.columns WHERE table_schema = 'public'")),
+            database.run("SELECT tgname FROM pg_trigger WHERE NOT tgisinternal ORDER BY 1"),
+        )
+
+    assert dump(pasted) == dump(migrated)
+    for command in ("upgrade", "check"):
+        done = flask("db", command, DATABASE_URL=pasted.url)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_paste_is_what_alembic_prints():
+    printed = flask("db", "upgrade", "--sql", DATABASE_URL="postgresql://host/name").stdout
+    paste = (ROOT / "database_setup.sql").read_text()
+    assert printed.strip() in paste
+
+
+def test_trades_are_append_only_whoever_writes(alice, database):
+    alice.sees("AAPL", at=1).buys(1, "AAPL")
+    for statement in ("UPDATE ibkr_trades SET quantity = 2", "DELETE FROM ibkr_trades"):
+        with pytest.raises(DBAPIError, match="append-only"):
+            database.run(statement)
+
+
+@pytest.mark.parametrize("value", ["-1", "'NaN'", "90000000000 * 100000000", "NULL"])
+def test_no_account_can_be_written_wrong_whoever_writes(alice, database, engine_name, value):
+    alice.sees("AAPL", at=1).buys(1, "AAPL")
+    before = alice.books
+    tables = {"ibkr_balances": ["cash_balance"], "ibkr_stock_balances": ["quantity", "cost_basis"]}
+    for table, names in tables.items():
+        for name in names:
+            with pytest.raises(DBAPIError), database.engine.begin() as connection:
+                connection.execute(
+                    text(f"UPDATE {table} SET {name} = {value} WHERE user_id = {alice.user_id}")  # noqa: S608
+                )
+    assert alice.books == before
+
+
+def test_an_account_needs_its_user(database):
+    orphan = (
+        "INSERT INTO ibkr_balances (user_id, cash_balance, starting_cash, run, updated_at) "
+        "VALUES (987654321, 0, 0, 1, '2026-01-01')"
+    )
+    with database.engine.connect() as connection:
+        if database.engine.dialect.name == "sqlite":
+            connection.exec_driver_sql("PRAGMA foreign_keys = ON")
+        with pytest.raises(DBAPIError):
+            connection.exec_driver_sql(orphan)
