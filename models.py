@@ -86,7 +86,9 @@ def iso(moment: datetime | None) -> str | None:
 
 def moment_from(text: str) -> datetime:
     """The moment in an RFC 3339 text such as `2012-06-01T00:00:00Z`, in UTC; else ValueError."""
-    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9:.]+([Zz]|[+-][0-9]{2}:[0-9]{2})", text):
+    if not isinstance(text, str) or not re.fullmatch(
+        r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9:.]+([Zz]|[+-][0-9]{2}:[0-9]{2})", text
+    ):
         raise ValueError("must be a time such as 2012-06-01T00:00:00Z")
     try:
         return datetime.fromisoformat(text.upper()).astimezone(UTC)

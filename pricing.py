@@ -34,6 +34,7 @@ from models import (
     Quote,
     Refused,
     checked_amount,
+    checked_decimal,
     checked_ticker,
     iso,
     moment_from,
@@ -83,12 +84,12 @@ class BadFile(Exception):
 def priced(ticker: str, price, currency: str | None, source: str) -> Quote:
     """A quote of this moment, if `price` can be one: a number above 0, rounded to 8 decimals."""
     try:
-        price = rounded(Decimal(price))
-    except (InvalidOperation, TypeError, ValueError):
+        price = rounded(checked_decimal(price))
+    except (InvalidOperation, ValueError):
         raise SourceFailed("its price is no number") from None
     if not 0 < price < ORDER_LIMIT:
         raise SourceFailed("its price is out of range")
-    if currency is not None and not (isinstance(currency, str) and len(currency) <= 10):
+    if currency is not None and not re.fullmatch("[A-Za-z]{1,10}", str(currency)):
         raise SourceFailed("its currency is no currency")
     return Quote(ticker=ticker, price=price, currency=currency, source=source, timestamp=now())
 
@@ -158,7 +159,7 @@ class LiveMarket:
         questions = {ticker: self.ask(ticker) for ticker, quote in quotes.items() if not quote}
         answered = wait(questions.values(), REQUEST_SECONDS).done
         for ticker, question in questions.items():
-            if question in answered and not question.exception():
+            if question in answered and not question.cancelled() and not question.exception():
                 quotes[ticker] = question.result()
         return {ticker: quote for ticker, quote in quotes.items() if quote}
 
@@ -470,8 +471,10 @@ class SampleMarket:
                 raise BadFile(f"{file}, line 1: the columns must be timestamp,ticker,price.")
             for row in rows:
                 try:
+                    if len(row) != 3:
+                        raise ValueError("it must have 3 columns")
                     self.add(*row)
-                except (ValueError, TypeError, ArithmeticError) as error:
+                except ValueError as error:
                     raise BadFile(f"{file}, line {rows.line_num}: {error}.") from None
         if not self.bars:
             raise BadFile(f"{file} has no prices.")

@@ -50,11 +50,11 @@ def test_a_key_is_kept_as_its_hash_alone(alice, database):
     ],
 )
 def test_an_account_that_cannot_be_opened_is_one_clear_line(database, arguments):
-    before = user(database, "list").stdout
+    before = database.run("SELECT count(*) FROM ibkr_users")
     done = user(database, "add", *arguments)
     assert done.returncode == 1
     assert re.fullmatch(r"Error: .+\n", done.stderr)
-    assert user(database, "list").stdout == before
+    assert database.run("SELECT count(*) FROM ibkr_users") == before
 
 
 def test_an_email_in_use_is_refused_and_nothing_is_made(alice, database):

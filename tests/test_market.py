@@ -1,0 +1,229 @@
+"""A market that the bot's tests control: clock, pins, runs, results, drills, a file of one's own."""
+
+from decimal import Decimal
+
+import pytest
+from conftest import Server, exact
+
+
+def stop_clock(trader, at):
+    answer = exact(trader.ask("PUT", "/api/v1/market/clock", json={"at": at}))
+    assert "code" not in answer, answer
+    return answer
+
+
+def advance(trader, bars=1):
+    return exact(trader.ask("POST", "/api/v1/market/advance", json={"bars": bars}))
+
+
+def test_a_stopped_clock_shows_the_recorded_close(alice):
+    assert stop_clock(alice, "2012-06-01T00:00:00Z")["now"] == "2012-06-01T00:00:00Z"
+    price = alice.get("/api/v1/price/AAPL")
+    assert (price["price"], price["timestamp"]) == (Decimal("560.99"), "2012-06-01T00:00:00Z")
+    assert price["valid_until"] is None
+
+
+def test_between_two_bars_the_clock_stops_at_the_earlier_one(alice):
+    assert stop_clock(alice, "2012-06-03T15:00:00+02:00")["now"] == "2012-06-01T00:00:00Z"
+
+
+def test_a_stopped_clock_moves_on_by_bars_and_ends_at_the_last(alice):
+    stop_clock(alice, "2012-06-01T00:00:00Z")
+    assert advance(alice)["now"] == "2012-06-04T00:00:00Z"
+    assert advance(alice, 3)["now"] == "2012-06-07T00:00:00Z"
+    assert advance(alice, 100_000)["now"] == "2013-03-01T00:00:00Z"
+
+
+def test_a_running_clock_cannot_be_advanced(alice):
+    stop_clock(alice, "2012-06-01T00:00:00Z")
+    assert stop_clock(alice, None)["clock"] == "wall"
+    assert advance(alice)["code"] == "clock_is_running"
+
+
+def test_two_accounts_never_see_each_others_clock_or_pins(alice, bob):
+    stop_clock(alice, "2012-06-01T00:00:00Z")
+    stop_clock(bob, "2012-06-04T00:00:00Z")
+    alice.sees("IBM", at=1)
+    assert alice.get("/api/v1/price/AAPL")["price"] == Decimal("560.99")
+    assert bob.get("/api/v1/price/AAPL")["price"] == Decimal("564.29")
+    assert bob.get("/api/v1/price/IBM")["price"] != 1
+    assert bob.get("/api/v1/market")["pins"] == {}
+
+
+def test_a_pin_holds_until_it_is_let_go(alice):
+    stop_clock(alice, "2012-06-01T00:00:00Z")
+    alice.sees("AAPL", at="150.25")
+    assert alice.get("/api/v1/market")["pins"] == {"AAPL": Decimal("150.25")}
+    assert alice.buys(1, "AAPL")["price"] == Decimal("150.25")
+    assert exact(alice.ask("DELETE", "/api/v1/market/prices/AAPL"))["pins"] == {}
+    assert alice.get("/api/v1/price/AAPL")["price"] == Decimal("560.99")
+
+
+def test_every_process_and_restart_agrees_on_a_stopped_clocks_price(new_database):
+    database = new_database().migrate()
+    with Server(database.url, workers=3) as server:
+        alice = server.trader()
+        stop_clock(alice, "2012-11-05T00:00:00Z")
+        before = {
+            alice.ask("GET", "/api/v1/price/GOOG", headers={"Connection": "close"}).text for _ in range(12)
+        }
+    with Server(database.url) as server:
+        alice.server = server
+        assert {alice.ask("GET", "/api/v1/price/GOOG").text} == before
+
+
+# Starting over
+
+
+def test_a_new_run_begins_with_cash_alone_and_the_past_stays_readable(alice):
+    alice.sees("AAPL", at=10).buys(5, "AAPL")
+    answer = exact(alice.ask("POST", "/api/v1/account/reset", json={"cash": "250.5"}))
+    assert answer == {"user_id": alice.user_id, "run": 2, "cash_balance": Decimal("250.5")}
+    assert (alice.cash, alice.holdings, alice.trades) == (Decimal("250.5"), {}, [])
+    assert alice.buys(1, "AAPL")["run"] == 2
+    (old,) = alice.get("/api/v1/trades", run=1)["trades"]
+    assert (old["run"], old["quantity"]) == (1, 5)
+    assert alice.audit() == {"ok": True, "trades": 2, "differences": []}
+
+
+def test_without_an_amount_a_new_run_begins_with_the_starting_cash(alice):
+    assert exact(alice.ask("POST", "/api/v1/account/reset"))["cash_balance"] == 100_000
+
+
+# How did it do?
+
+
+def test_the_summary_follows_a_worked_example(server):
+    """1,000 dollars; points 1000, 1200 (peak), 900, 1100: a fall of 25 % from the peak."""
+    alice = server.trader(cash=1000)
+    alice.sees("AAPL", at=100).buys(5, "AAPL")  # cash 500, 5 AAPL at 100: 1000
+    alice.sees("AAPL", at=140).sells(1, "AAPL")  # cash 640, 4 at 140: 1200; profit 40
+    alice.sees("AAPL", at=65).sells(1, "AAPL")  # cash 705, 3 at 65: 900; loss 35
+    alice.sees("AAPL", at=100).sells(1, "AAPL")  # cash 805, 2 at 100: 1005; profit 0
+    alice.sees("AAPL", at="147.5")  # now: 805 + 295 = 1100
+    history = alice.get("/api/v1/account/history")
+    assert [point["equity"] for point in history["points"]] == [1000, 1200, 900, 1005, 1100]
+    assert history["summary"] == {
+        "starting_cash": 1000,
+        "equity": 1100,
+        "total_return_percent": 10,
+        "max_drawdown_percent": 25,
+        "trades": 4,
+        "realized_pnl": 5,
+        "win_rate_percent": Decimal("33.33"),
+        "profit_factor": Decimal("1.14285714"),
+        "commission": 0,
+    }
+
+
+def test_the_starting_cash_is_the_first_peak(server):
+    alice = server.trader(cash=1000)
+    alice.sees("AAPL", at=100).buys(1, "AAPL", at=200)
+    history = alice.get("/api/v1/account/history")
+    assert history["summary"]["max_drawdown_percent"] == 10
+
+
+def test_ratios_without_a_value_are_null(alice):
+    history = alice.get("/api/v1/account/history")
+    assert (history["run"], len(history["points"])) == (1, 1)
+    assert history["summary"]["win_rate_percent"] is history["summary"]["profit_factor"] is None
+
+
+def test_the_last_point_is_the_portfolio_and_past_points_keep_their_prices(alice):
+    """What is held beside the traded ticker is valued at the bar, or the pin, of that moment."""
+    stop_clock(alice, "2012-06-01T00:00:00Z")
+    alice.buys(10, "AAPL")
+    advance(alice)
+    alice.sees("MSFT", at=20).buys(1, "MSFT")
+    advance(alice)
+    alice.sees("MSFT", at=30).buys(1, "IBM")
+    history = alice.get("/api/v1/account/history")
+    assert [point["timestamp"][:10] for point in history["points"]] == [
+        "2012-06-01",
+        "2012-06-04",
+        "2012-06-05",
+        "2012-06-05",
+    ]
+    values = [point["market_value"] for point in history["points"]]
+    assert values[:2] == [Decimal("5609.9"), 10 * Decimal("564.29") + 20]
+    assert values[2] == 10 * Decimal("562.83") + 30 + alice.get("/api/v1/price/IBM")["price"]
+    assert history["points"][-1]["equity"] == history["summary"]["equity"] == alice.portfolio["equity"]
+
+
+def test_an_ended_run_keeps_its_result(alice):
+    stop_clock(alice, "2012-06-01T00:00:00Z")
+    alice.buys(10, "AAPL")
+    advance(alice)
+    result = alice.get("/api/v1/account/history")
+    alice.ask("POST", "/api/v1/account/reset")
+    advance(alice, 50)
+    alice.sees("AAPL", at=1)
+    assert alice.get("/api/v1/account/history", run=1) == result
+
+
+# Costs
+
+
+def test_costs_apply_to_every_account_and_are_told(new_database):
+    costs = {"COMMISSION_BPS": "10", "COMMISSION_MIN": "1", "SLIPPAGE_BPS": "50"}
+    with Server(new_database().migrate().url, **costs) as server:
+        alice = server.trader(cash=1000).sees("AAPL", at=100)
+        assert alice.get("/api/v1/rules")["costs"] == {
+            "commission_bps": 10,
+            "commission_min": 1,
+            "slippage_bps": 50,
+        }
+        bought = alice.buys(2, "AAPL")
+        assert (bought["price"], bought["commission"]) == (Decimal("100.5"), 1)
+        assert alice.holdings == {"AAPL": (2, 202)}
+        sold = alice.sells(1, "AAPL", at=100)
+        assert (sold["commission"], sold["realized_pnl"], sold["cash_balance"]) == (1, -2, 897)
+        assert alice.get("/api/v1/account/history")["summary"]["commission"] == 2
+        assert alice.audit()["ok"]
+
+
+# Fault drills
+
+
+@pytest.mark.parametrize("fault", ["price_unavailable", "rate_limited", "error_before_commit"])
+def test_a_drilled_failure_books_nothing_and_leaves_the_key_usable(alice, fault):
+    alice.sees("AAPL", at=1)
+    before = alice.books
+    response = alice.order("buy", 1, "AAPL", key="k", fault=fault)
+    assert response.status_code == (429 if fault == "rate_limited" else 503)
+    assert response.headers["Retry-After"]
+    assert alice.books == before
+    assert alice.buys(1, "AAPL", key="k")["quantity"] == 1
+
+
+def test_an_error_after_commit_books_once_and_the_retry_shows_the_trade(alice):
+    alice.sees("AAPL", at=1)
+    lost = alice.order("buy", 1, "AAPL", key="k", fault="error_after_commit")
+    assert (lost.status_code, lost.json()["code"]) == (503, "outcome_unknown")
+    (booked,) = alice.trades
+    assert alice.buys(1, "AAPL", key="k") == booked
+    assert alice.trades == [booked]
+
+
+def test_a_drilled_latency_delays_the_trade(alice):
+    response = alice.sees("AAPL", at=1).order("buy", 1, "AAPL", fault="latency=300")
+    assert response.status_code == 200
+    assert response.elapsed.total_seconds() > 0.3
+
+
+# A file of one's own
+
+
+def test_a_file_of_ones_own_is_replayed(new_database, tmp_path):
+    file = tmp_path / "market.csv"
+    file.write_text(
+        "timestamp,ticker,price\n2020-01-01T00:00:00Z,ABC,1.5\n"
+        "2020-01-02T00:00:00Z,ABC,2\n2020-01-02T00:00:00Z,XYZ,0.00000001\n"
+    )
+    with Server(new_database().migrate().url, SAMPLE_MARKET=file) as server:
+        alice = server.trader()
+        stop_clock(alice, "2020-01-01T12:00:00Z")
+        assert alice.get("/api/v1/price/abc")["price"] == Decimal("1.5")
+        assert alice.get("/api/v1/price/xyz")["code"] == "unknown_ticker"
+        advance(alice)
+        assert alice.get("/api/v1/price/xyz")["price"] == Decimal("0.00000001")
