@@ -66,6 +66,7 @@ from models import (
     Trade,
     User,
     checked_cash,
+    checked_ticker,
     db,
     iso,
     now,
@@ -78,7 +79,9 @@ from pricing import (
     AlphaVantage,
     BadFile,
     LiveMarket,
+    NoSuchTicker,
     SampleMarket,
+    SourceFailed,
     Yahoo,
     yahoo_is_reachable,
 )
@@ -232,13 +235,15 @@ app.config["SQLALCHEMY_ENGINE_OPTIONS"] = (
 db.init_app(app)
 Migrate(app, db)
 
+YAHOO_FOLDER = os.path.join(app.instance_path, "yfinance")
+
 if PRICE_SOURCES == ["sample"]:
     try:
         market = SampleMarket(setting("SAMPLE_MARKET", str(SAMPLE_FILE)))
     except (BadFile, OSError) as error:
         raise SystemExit(f"SAMPLE_MARKET cannot be used: {error}") from None
 else:
-    sources = {"yahoo": Yahoo(os.path.join(app.instance_path, "yfinance"))}
+    sources = {"yahoo": Yahoo(YAHOO_FOLDER)}
     if ALPHAVANTAGE_API_KEY:
         sources["alphavantage"] = AlphaVantage(ALPHAVANTAGE_API_KEY)
     market = LiveMarket(app, [sources[s] for s in PRICE_SOURCES if s in sources], PRICE_CACHE_SECONDS)
@@ -1014,6 +1019,28 @@ def audit_all():
             click.echo(f"User {user.id}: {sentence}")
     click.echo(f"{count} trades replayed, {differences} differences.")
     sys.exit(1 if differences else 0)
+
+
+@app.cli.command("record")
+@click.argument("tickers", nargs=-1, required=True)
+@click.option("--period", default="1y", show_default=True, help="1mo, 6mo, 1y, 5y, max, ...")
+@click.option("--output", type=click.File("w"), required=True, help="The CSV file to write.")
+def record(tickers: tuple[str, ...], period: str, output):
+    """Record daily closes of TICKERS from Yahoo, for SAMPLE_MARKET to replay."""
+    yahoo, rows = Yahoo(YAHOO_FOLDER), []
+    with click.progressbar(tickers, label="Recording", item_show_func=str) as bar:
+        for text in bar:
+            try:
+                ticker = checked_ticker(text)
+                closes = yahoo.closes(ticker, period)
+            except (ValueError, SourceFailed, NoSuchTicker) as error:
+                reason = str(error) or "Yahoo knows no such ticker"
+                raise click.ClickException(f"{text}: {reason}.") from None
+            rows += [(f"{date}T00:00:00Z", ticker, plain(price)) for date, price in closes]
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow(["timestamp", "ticker", "price"])
+    writer.writerows(sorted(set(rows)))
+    click.echo(f"{len(rows)} prices are in {output.name}.")
 
 
 TEST_USER, TEST_KEY = "test@example.com", "test-api-key-123"

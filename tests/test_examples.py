@@ -1,0 +1,33 @@
+"""The example bot runs through the recorded year as a user would run it, with an exact result."""
+
+import subprocess
+import sys
+
+from conftest import ROOT, exact
+
+RESULT = """\
+starting_cash          100000
+equity                 98580.152
+total_return_percent   -1.42
+max_drawdown_percent   8.07
+trades                 6
+realized_pnl           -1419.848
+win_rate_percent       33.33
+profit_factor          0.91414409
+commission             0
+"""
+
+
+def test_the_crossover_bot_makes_exactly_this_of_the_recorded_year(alice, tmp_path):
+    bot = [sys.executable, ROOT / "examples" / "crossover.py", "--backtest"]
+    done = subprocess.run(
+        [*bot, "--url", alice.server.url, "--key", alice.key],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert done.stderr == ""
+    assert done.stdout.startswith(RESULT)  # And a picture, where matplotlib is installed.
+    assert alice.audit()["ok"]
+    assert exact(alice.ask("GET", "/api/v1/market"))["now"] == "2013-03-01T00:00:00Z"
