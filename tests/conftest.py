@@ -68,13 +68,14 @@ class Server:
             *(sys.executable, "-m", "gunicorn", "app:app", "--worker-class", "gthread"),
             *("--no-control-socket", "--log-level", "warning", "--graceful-timeout", "5", *options),
         ]
+        self.folder = ROOT
         self.output = tempfile.TemporaryFile("w+")
         self.process = None
 
     def start(self) -> "Server":
         self.process = subprocess.Popen(
             self.command,
-            cwd=ROOT,
+            cwd=self.folder,
             env=environment(**self.settings),
             stdout=self.output,
             stderr=subprocess.STDOUT,
@@ -84,7 +85,7 @@ class Server:
             try:
                 requests.get(f"{self.url}/health", timeout=5)
                 return self
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 time.sleep(0.05)
         raise RuntimeError(f"The server did not start:\n{self.log()}")
 

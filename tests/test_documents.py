@@ -1,0 +1,93 @@
+"""The documents are true: what README and .env.example say is compared with the program, or run."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SETTINGS, Server
+
+README = (ROOT / "README.md").read_text()
+APP = (ROOT / "app.py").read_text()
+LIVE = {
+    "id": r'"id": "\d+"',
+    "trade_id": r'"trade_id": "\d+"',
+    "a moment": r'"timestamp": "202[6-9]-[^"]+"',
+}
+
+
+@pytest.fixture(scope="module")
+def app():
+    """The program, imported; its settings are those of the sample market."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRICE_SOURCES", "sample")
+        patch.syspath_prepend(ROOT)
+        import app
+
+        yield app
+
+
+def test_the_endpoints_in_the_readme_are_the_routes(app):
+    told = set(re.findall(r"^\| `([A-Z]+ /[^`]*)` \| (.+) \|$", README, re.M))
+    served = {
+        (method + " " + re.sub(r"<(?:int:)?(.+?)>", r"{\1}", rule.rule), view.__doc__.splitlines()[0])
+        for rule in app.app.url_map.iter_rules()
+        for view in [app.app.view_functions[rule.endpoint]]
+        for method in rule.methods - {"HEAD", "OPTIONS"}
+        if rule.endpoint != "static"
+    }
+    assert told == served
+
+
+def test_the_error_codes_in_the_readme_are_those_of_the_program(app):
+    told = {
+        code: int(status)
+        for status, codes in re.findall(r"^\| (\d{3}) \| (.+) \|$", README, re.M)
+        for code in re.findall(r"`(\w+)`", codes)
+    }
+    assert told == app.STATUS
+
+
+def test_every_code_that_is_raised_has_a_status(app):
+    source = "".join((ROOT / name).read_text() for name in ("app.py", "models.py", "pricing.py"))
+    assert set(re.findall(r'Refused\(\s*"(\w+)"', source)) <= app.STATUS.keys()
+
+
+def test_the_settings_are_told_where_they_are_looked_for():
+    read = set(re.findall(r'setting\(\s*"(\w+)"', APP))
+    table = README.split("## Settings")[1].split("## ")[0]
+    assert set(re.findall(r"`([A-Z_]+)`", table.split("| --- |")[-1].split("\n\n")[0])) == read == SETTINGS
+
+
+def sessions() -> list[tuple[str, str]]:
+    """Each line of the README's sessions after its `$`, with the answer that is printed below it."""
+    lines = "\n".join(re.findall(r"```console\n(.*?)```", README, re.S))
+    return re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n?)*)", lines, re.M)
+
+
+def masked(text: str) -> str:
+    for name, pattern in LIVE.items():
+        text = re.sub(pattern, name, text)
+    return text.strip()
+
+
+def test_the_sessions_in_the_readme_answer_as_printed(tmp_path):
+    """Run line by line against `python app.py`, in a copy of the program as a newcomer has it."""
+    for name in ("app.py", "models.py", "pricing.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("migrations", "sample_market", "static"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, tmp_path / name)
+    server = Server("", command=[sys.executable, "app.py"])
+    server.folder = tmp_path
+    with server:
+        assert f"Serving sample prices on {server.url}. Try: curl" in server.log()
+        (define, _), *lines = sessions()
+        define = define.replace("http://127.0.0.1:8000", server.url)
+        assert len(lines) > 12
+        for line, answer in lines:
+            shell = subprocess.run(
+                ["bash", "-c", f"{define}\n{line}"], capture_output=True, text=True, timeout=30
+            )
+            assert masked(shell.stdout) == masked(answer), line
