@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import re
+import signal
 import sys
 import time
 from collections import deque
@@ -41,7 +42,7 @@ from flask_migrate import Migrate, upgrade
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from werkzeug.exceptions import HTTPException
-from werkzeug.serving import make_server
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 from models import (
     ACCOUNT_LIMIT,
@@ -91,6 +92,7 @@ VERSION = "1.0.0"
 # --------------------------------------------------------------------------------------------- App
 
 load_dotenv()
+logging.basicConfig(level=logging.INFO, format="%(message)s")  # One line a trade, one a failed source.
 
 
 def setting(name: str, default: str | None, checked=str):
@@ -180,9 +182,8 @@ class Simulator(Flask):
                 return super().dispatch_request()
             except (DBAPIError, QuoteExpired, OutcomeUnknown) as error:
                 unknown = unknown or (isinstance(error, OutcomeUnknown) and error)
-                if not is_passing(error):
-                    raise
-                if attempt == self.TRIES or time.monotonic() > deadline:
+                over = attempt == self.TRIES or time.monotonic() > deadline
+                if over or not is_passing(error):
                     raise (unknown or error) from error
             time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
 
@@ -862,6 +863,18 @@ def close_account(user_id: int):
     return {"user_id": user_id, "closed": True}
 
 
+@app.get("/")
+def dashboard():
+    """The dashboard: a page to look at an account and to trade by hand."""
+    page = app.send_static_file("index.html")
+    page.headers["Cache-Control"] = "no-cache"
+    page.headers["Content-Security-Policy"] = (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page
+
+
 @app.get("/health")
 def health():
     """Whether the server and its database work, and what this process has seen so far.
@@ -927,9 +940,11 @@ def database_health() -> dict:
         return round((time.perf_counter() - started) * 1000, 2)
 
     engine = db.engine.dialect.name
+    answer = pinging.submit(ping)
     try:
-        latency = pinging.submit(ping).result(timeout=0.5)
+        latency = answer.result(timeout=0.5)
     except (TimeoutError, DBAPIError, sa.exc.TimeoutError):
+        answer.cancel()  # If the ping before this one still hangs, this one is not needed either.
         return {"status": "unhealthy", "engine": engine, "latency_ms": None}
     return {"status": "healthy", "engine": engine, "latency_ms": latency}
 
@@ -1056,15 +1071,18 @@ def prepare() -> None:
     claim_database()
 
 
+class Handler(WSGIRequestHandler):
+    timeout = 10  # Seconds for a client that connects and sends nothing; the end would wait for it.
+
+
 def serve() -> None:
     """`python app.py`: prepare everything, say in one line what is served, and serve it."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     try:
         with app.app_context():
             prepare()
-        server = make_server(HOST, PORT, app, threaded=True)
+        server = make_server(HOST, PORT, app, threaded=True, request_handler=Handler)
     except Refused as refusal:
         sys.exit(refusal.detail)
     except DBAPIError as error:
@@ -1077,6 +1095,8 @@ def serve() -> None:
         f"curl -H 'Authorization: Bearer {TEST_KEY}' {url}/api/v1/price/AAPL",
         flush=True,
     )
+    server.daemon_threads = False  # So that it answers what is in flight before it ends.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
         server.serve_forever()
 

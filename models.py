@@ -12,6 +12,7 @@ The books obey one equation for each run of each account, to the last digit, alw
 import hashlib
 import re
 import secrets
+import select
 import sqlite3
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from typing import Annotated, Literal
 
+import psycopg2.extensions
 import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -196,6 +198,26 @@ def begin_sqlite(connection):
     if connection.dialect.name == "sqlite" and options.get("isolation_level") != "AUTOCOMMIT":
         connection.connection.dbapi_connection.isolation_level = None
         connection.exec_driver_sql("BEGIN" if options.get("read_only") else "BEGIN IMMEDIATE")
+
+
+ANSWER_SECONDS = 6
+"""How long PostgreSQL may be silent: longer than its own time limits, which app.py sets."""
+
+
+def wait_for_postgres(connection) -> None:
+    """Wait until PostgreSQL has answered, but not for ever.
+
+    A server that hangs keeps its connections open, and libpq has no limit for an answer. Psycopg calls
+    this whenever it waits, and closes the connection when an exception leaves it.
+    """
+    while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
+        waits = [connection] if state == psycopg2.extensions.POLL_READ else []
+        sends = [connection] if state == psycopg2.extensions.POLL_WRITE else []
+        if not any(select.select(waits, sends, [], ANSWER_SECONDS)):
+            raise psycopg2.OperationalError(f"PostgreSQL was silent for {ANSWER_SECONDS} seconds.")
+
+
+psycopg2.extensions.set_wait_callback(wait_for_postgres)
 
 
 def reading() -> sa.Connection:
@@ -399,10 +421,7 @@ class Holding(db.Model):
     cost_basis: Mapped[Amount]
     updated_at: Mapped[Time]
 
-    __table_args__ = (
-        within("quantity", UNIT, ACCOUNT_LIMIT),
-        within("cost_basis", 0, ACCOUNT_LIMIT),
-    )
+    __table_args__ = (within("quantity", UNIT, ACCOUNT_LIMIT), within("cost_basis", 0, ACCOUNT_LIMIT))
 
     def add(self, quantity: Decimal, cost: Decimal) -> None:
         """Put `quantity` in, which cost `cost` dollars, commission included."""
@@ -584,10 +603,7 @@ class Run(db.Model):
     market_time: Mapped[Time]
     ended_at: Mapped[Time]
 
-    __table_args__ = (
-        within("starting_cash", 0, ACCOUNT_LIMIT),
-        within("cash_balance", 0, ACCOUNT_LIMIT),
-    )
+    __table_args__ = (within("starting_cash", 0, ACCOUNT_LIMIT), within("cash_balance", 0, ACCOUNT_LIMIT))
 
 
 class Pin(db.Model):
@@ -754,10 +770,7 @@ class Account(db.Model):
     market_clock: Mapped[Time | None]
     pin_changes: Mapped[int] = mapped_column(server_default="0")
 
-    __table_args__ = (
-        within("cash_balance", 0, ACCOUNT_LIMIT),
-        within("starting_cash", 0, ACCOUNT_LIMIT),
-    )
+    __table_args__ = (within("cash_balance", 0, ACCOUNT_LIMIT), within("starting_cash", 0, ACCOUNT_LIMIT))
 
     # The rules. They touch no database, and change nothing when they refuse.
 
@@ -930,12 +943,7 @@ class Account(db.Model):
         trade.idempotency_key = key
         owner = {"owner": self.user_id, "now": trade.created_at}
         self.connection.execute(UPDATE_CASH, {**owner, "cash": self.cash_balance})
-        held = {
-            **owner,
-            "of": trade.ticker,
-            "quantity": holding.quantity,
-            "cost_basis": holding.cost_basis,
-        }
+        held = {**owner, "of": trade.ticker, "quantity": holding.quantity, "cost_basis": holding.cost_basis}
         if not holding.quantity:
             self.connection.execute(DELETE_HOLDING, held)
         elif trade.trade_type == "buy" and holding.quantity == trade.quantity:
@@ -964,8 +972,7 @@ class Account(db.Model):
     def pin(self, ticker: str, price: Decimal | None) -> None:
         """Fix `ticker` at `price` dollars on this account's sample market, or let it go."""
         self.connection.execute(
-            sa.insert(Pin),
-            {"user_id": self.user_id, "ticker": ticker, "price": price, "created_at": now()},
+            sa.insert(Pin), {"user_id": self.user_id, "ticker": ticker, "price": price, "created_at": now()}
         )
         self.change(pin_changes=self.pin_changes + 1)
 

@@ -10,11 +10,7 @@ from conftest import ROOT, SETTINGS, Server
 
 README = (ROOT / "README.md").read_text()
 APP = (ROOT / "app.py").read_text()
-LIVE = {
-    "id": r'"id": "\d+"',
-    "trade_id": r'"trade_id": "\d+"',
-    "a moment": r'"timestamp": "202[6-9]-[^"]+"',
-}
+LIVE = {"id": r'"id": "\d+"', "trade_id": r'"trade_id": "\d+"', "a moment": r'"timestamp": "202[6-9]-[^"]+"'}
 
 
 @pytest.fixture(scope="module")

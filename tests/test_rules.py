@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from models import (  # noqa: E402
+from models import (
     ACCOUNT_LIMIT,
     UNIT,
     Account,

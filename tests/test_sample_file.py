@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pricing import SAMPLE_FILE, BadFile, SampleMarket  # noqa: E402
+from pricing import SAMPLE_FILE, BadFile, SampleMarket
 
 GOOD = "2020-01-01T00:00:00Z,ABC,1.5\n"
 

@@ -26,12 +26,10 @@ def upgrade():
         sa.PrimaryKeyConstraint("user_id", "run", name="pk_ibkr_runs"),
         sa.ForeignKeyConstraint(["user_id"], ["ibkr_users.id"], name="fk_ibkr_runs_user_id"),
         sa.CheckConstraint(
-            f"starting_cash >= 0 AND starting_cash < {account_limit}",
-            name=op.f("ck_ibkr_runs_starting_cash"),
+            f"starting_cash >= 0 AND starting_cash < {account_limit}", name=op.f("ck_ibkr_runs_starting_cash")
         ),
         sa.CheckConstraint(
-            f"cash_balance >= 0 AND cash_balance < {account_limit}",
-            name=op.f("ck_ibkr_runs_cash_balance"),
+            f"cash_balance >= 0 AND cash_balance < {account_limit}", name=op.f("ck_ibkr_runs_cash_balance")
         ),
     )
     op.create_table(

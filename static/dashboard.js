@@ -1,0 +1,909 @@
+"use strict";
+
+/* The dashboard: one account, seen and used through the same API as a bot's.
+
+     Numbers      exact decimals as text, from the answer's bytes to the screen
+     Server       one function asks it everything; what may go wrong is a Problem
+     Drawing      text nodes are changed where they differ; nothing is ever parsed as HTML
+     Curve        the only place where an amount becomes a float, because pixels are
+     Refreshing   every five seconds, while somebody looks
+     Orders       placed with an Idempotency-Key, and so safe to send again
+     Sample market, Account, Start
+
+   Read `refresh` first. */
+
+const REFRESH_SECONDS = 5;
+const HEALTH_SECONDS = 60;
+const ANSWER_SECONDS = 10;
+const CSV_SECONDS = 120;
+const RETRY_AFTER_SECONDS = [1, 2, 4];
+const TRADES_ON_A_PAGE = 25;
+const TEST_KEY = "test-api-key-123";
+const SOURCES = { sample: "Sample market", yahoo: "Yahoo Finance", yahoo_finance: "Yahoo Finance", alphavantage: "Alpha Vantage" };
+
+const $ = (id) => document.getElementById(id);
+const sleep = (seconds) => new Promise((wake) => setTimeout(wake, seconds * 1000));
+
+/* ---------------------------------------------------------------------------------------- Numbers
+   A number is the text of its own digits ("1499.95"), or null. Where it must be added or rounded it is
+   a BigInt of 10^-8, the smallest step that the broker knows. */
+
+const DECIMALS = 8;
+
+/** JSON with every number as a string of its digits: JSON.parse would make binary floats of them. */
+function parseExactly(json) {
+  const stringOrNumber = /"[^"\\]*(?:\\.[^"\\]*)*"|-?[0-9][0-9.eE+-]*/g;
+  return JSON.parse(json.replace(stringOrNumber, (token) => (token[0] === '"' ? token : `"${token}"`)));
+}
+
+function units(number) {
+  const [whole, part = ""] = number.replace("-", "").split(".");
+  const size = BigInt(whole + part.padEnd(DECIMALS, "0").slice(0, DECIMALS));
+  return number.startsWith("-") ? -size : size;
+}
+
+/** `amount` units as text with `decimals` decimals, half-even. */
+function rounded(amount, decimals) {
+  const size = amount < 0n ? -amount : amount;
+  const step = 10n ** BigInt(DECIMALS - decimals);
+  let steps = size / step;
+  const twice = 2n * (size % step);
+  if (twice > step || (twice === step && steps % 2n)) steps += 1n;
+  const digits = String(steps).padStart(decimals + 1, "0");
+  const text = decimals ? `${digits.slice(0, -decimals)}.${digits.slice(-decimals)}` : digits;
+  return amount < 0n && steps ? `-${text}` : text;
+}
+
+/** Thousands grouped, a real minus, and a plus where it is asked for: "−1,234.50". */
+function grouped(number, plus = "") {
+  const negative = number.startsWith("-");
+  const [whole, part] = number.replace("-", "").split(".");
+  const sign = negative ? "−" : /[1-9]/.test(number) ? plus : "";
+  return sign + whole.replace(/\B(?=([0-9]{3})+$)/g, ",") + (part ? `.${part}` : "");
+}
+
+/** `number` with `least` to `most` decimals. What is not nothing never shows as 0.00. */
+function shown(number, least, most, plus) {
+  const part = number.split(".")[1] ?? "";
+  let text = number;
+  if (part.length > most) {
+    text = rounded(units(number), most);
+    if (!/[1-9]/.test(text)) text = number;
+  } else if (part.length < least) {
+    text = rounded(units(number), least);
+  }
+  return grouped(text, plus);
+}
+
+const money = (number) => shown(number, 2, 2);
+const profit = (number) => shown(number, 2, 2, "+");
+const price = (number) => shown(number, 2, 8);
+const average = (number) => shown(number, 4, units(number) < 10n ** 8n ? 8 : 4);
+const quantity = (number) => shown(number, 0, 8);
+const percent = (number) => shown(number, 2, 2, "+");
+const usd = (number) => `${money(number)} USD`;
+const exactly = (number) => `${price(number)} USD`;
+
+const direction = (number) => (!number || !/[1-9]/.test(number) ? "" : number.startsWith("-") ? "loss" : "gain");
+const isAmount = (text) => /^[0-9]{1,20}(\.[0-9]{1,8})?$/.test(text);
+const day = (timestamp) => timestamp.slice(0, 10);
+const clockTime = (timestamp) => timestamp.slice(0, 19).replace("T", " ");
+
+/* ----------------------------------------------------------------------------------------- Server */
+
+/** What a request met instead of an answer: the server's own sentence, or that there was none. */
+class Problem extends Error {
+  constructor(detail, status = 0, document = {}) {
+    super(detail);
+    this.status = status;
+    this.code = document.code;
+    this.document = document;
+  }
+
+  get isAway() { return this.status === 0 || this.status >= 500; }
+  get mayPass() { return this.isAway || this.status === 429; }
+}
+
+let key = sessionStorage.getItem("key");
+let serverAhead = 0; // Milliseconds: prices age by the server's clock, whatever this computer's says.
+
+async function fetched(path, { method = "GET", body, headers = {}, seconds = ANSWER_SECONDS } = {}) {
+  const options = { method, cache: "no-store", headers: { ...headers }, signal: AbortSignal.timeout(seconds * 1000) };
+  if (key && path.startsWith("/api/")) options.headers.Authorization = `Bearer ${key}`;
+  if (body !== undefined) {
+    options.headers["Content-Type"] = "application/json";
+    options.body = body;
+  }
+  try {
+    const response = await fetch(path, options);
+    const date = Date.parse(response.headers.get("Date"));
+    if (date) serverAhead = date - Date.now();
+    return [response, await response.text()];
+  } catch {
+    throw new Problem("The server does not answer.");
+  }
+}
+
+/** The answer to a request, its numbers exact; a Problem if it is not a success. */
+async function ask(path, options) {
+  const [response, text] = await fetched(path, options);
+  let document;
+  try {
+    document = parseExactly(text);
+  } catch {
+    throw new Problem(`The server does not answer as it should (status ${response.status}).`, response.ok ? 502 : response.status);
+  }
+  if (!response.ok) throw new Problem(document.detail ?? `The server answered ${response.status}.`, response.status, document);
+  return { ...document, replayed: response.headers.has("Idempotent-Replayed") };
+}
+
+/** The answer, or null where the server has no such endpoint for this market. */
+async function askIfThere(path) {
+  try {
+    return await ask(path);
+  } catch (problem) {
+    if (problem.status === 404 || problem.code === "market_is_live") return null;
+    throw problem;
+  }
+}
+
+/* ---------------------------------------------------------------------------------------- Drawing */
+
+/** Set a node's text, class and tooltip, touching only what differs: no flicker, no lost selection. */
+function draw(node, text, look = "", exact = "") {
+  if (node.textContent !== text) node.textContent = text;
+  if (node.dataset.look !== look) {
+    if (node.dataset.look) node.classList.remove(node.dataset.look);
+    if (look) node.classList.add(look);
+    node.dataset.look = look;
+  }
+  if (node.title !== exact) node.title = exact;
+}
+
+/** Draw `number` by `format`; the exact digits are in the tooltip where the format rounds. */
+function drawNumber(node, number, format, look = "") {
+  if (number === null || number === undefined) return draw(node, "–", "muted", "No price at the moment");
+  const text = format(number);
+  const isExact = units(text.replace(/[+,]/g, "").replace("−", "-")) === units(number);
+  draw(node, text, look, isExact ? "" : quantity(number));
+}
+
+const drawProfit = (node, number, format = profit) => drawNumber(node, number, format, direction(number));
+
+/** Make the rows of `body` those of `items`: rows are kept by their key, so focus and scroll stay. */
+function drawRows(body, items, keyOf, columns) {
+  const keys = new Set(items.map(keyOf));
+  const rows = new Map();
+  for (const row of [...body.rows]) {
+    if (keys.has(row.dataset.key)) rows.set(row.dataset.key, row);
+    else row.remove();
+  }
+  items.forEach((item, place) => {
+    const row = rows.get(keyOf(item)) ?? newRow(keyOf(item), columns);
+    columns.forEach(([, drawCell], i) => drawCell(row.cells[i], item));
+    if (body.rows[place] !== row) body.insertBefore(row, body.rows[place] ?? null);
+  });
+}
+
+function newRow(key, columns) {
+  const row = document.createElement("tr");
+  row.dataset.key = key;
+  for (const [tag] of columns) {
+    const cell = document.createElement(tag);
+    if (tag === "th") cell.scope = "row";
+    row.append(cell);
+  }
+  return row;
+}
+
+/** The one element that lives in a cell, made the first time. */
+function within(cell, tag) {
+  return cell.firstElementChild ?? cell.appendChild(document.createElement(tag));
+}
+
+function age(timestamp) {
+  const seconds = Math.max(0, Math.floor((Date.now() + serverAhead - Date.parse(timestamp)) / 1000));
+  if (seconds < 60) return `${seconds} s`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min`;
+  if (seconds < 86400) return `${Math.floor(seconds / 3600)} h`;
+  return `${Math.floor(seconds / 86400)} d`;
+}
+
+const HOLDING_COLUMNS = [
+  ["th", (cell, h) => draw(cell, h.ticker)],
+  ["td", (cell, h) => drawNumber(cell, h.quantity, quantity)],
+  ["td", (cell, h) => drawNumber(cell, h.current_price, price)],
+  ["td", (cell, h) => drawNumber(cell, h.average_price, average)],
+  ["td", (cell, h) => drawNumber(cell, h.market_value, money)],
+  ["td", (cell, h) => drawProfit(cell, h.unrealized_pnl)],
+  ["td", (cell, h) => drawProfit(cell, h.unrealized_pnl_percent, percent)],
+  ["td", (cell, h) => {
+    const time = within(cell, "time");
+    time.dateTime = h.price_timestamp ?? "";
+    drawAge(time);
+  }],
+  ["td", (cell, h) => {
+    const button = within(cell, "button");
+    draw(button, "Sell…");
+    button.type = "button";
+    button.setAttribute("aria-label", `Sell ${h.ticker}…`);
+    button.onclick = () => fillTicket("sell", h.ticker, h.quantity);
+  }],
+];
+
+const TRADE_COLUMNS = [
+  ["td", (cell, t) => {
+    const time = within(cell, "time");
+    time.dateTime = t.timestamp;
+    draw(time, clockTime(t.timestamp));
+  }],
+  ["td", (cell, t) => draw(cell, t.trade_type === "buy" ? "Buy" : "Sell")],
+  ["td", (cell, t) => draw(cell, t.ticker)],
+  ["td", (cell, t) => drawNumber(cell, t.quantity, quantity)],
+  ["td", (cell, t) => drawNumber(cell, t.price, price)],
+  ["td", (cell, t) => drawNumber(cell, t.total_amount, money)],
+  ["td", (cell, t) => drawNumber(cell, t.commission, money)],
+  ["td", (cell, t) => (t.realized_pnl === null ? draw(cell, "") : drawProfit(cell, t.realized_pnl))],
+  ["td", (cell, t) => drawNumber(cell, t.cash_balance, money)],
+  ["td", (cell, t) => draw(cell, SOURCES[t.price_source] ?? t.price_source)],
+  ["td", (cell, t) => draw(cell, t.id)],
+];
+
+const SUMMARY = [
+  ["Started with", "starting_cash", usd],
+  ["Equity", "equity", usd],
+  ["Return", "total_return_percent", (number) => `${percent(number)} %`, direction],
+  ["Largest drawdown", "max_drawdown_percent", (number) => `${money(number)} %`],
+  ["Trades", "trades", quantity],
+  ["Realised profit", "realized_pnl", (number) => `${profit(number)} USD`, direction],
+  ["Winning sales", "win_rate_percent", (number) => `${money(number)} %`],
+  ["Profit factor", "profit_factor", (number) => shown(number, 2, 2)],
+  ["Commission", "commission", usd],
+];
+
+function drawPortfolio(portfolio) {
+  if (portfolio.equity === null) draw($("equity"), "–", "muted", "A holding has no price at the moment");
+  else drawNumber($("equity"), portfolio.equity, money);
+  drawChange(portfolio);
+  drawNumber($("cash"), portfolio.cash_balance, money);
+  drawNumber($("market-value"), portfolio.market_value, money);
+  drawNumber($("cost"), portfolio.total_invested_value, money);
+  drawProfit($("unrealized"), portfolio.unrealized_pnl);
+  drawProfit($("realized"), portfolio.realized_pnl);
+  drawProfit($("total"), portfolio.total_pnl);
+
+  const holdings = portfolio.holdings;
+  drawRows($("holdings-rows"), holdings, (holding) => holding.ticker, HOLDING_COLUMNS);
+  draw($("holdings-count"), holdings.length ? String(holdings.length) : "");
+  $("holdings-none").hidden = holdings.length > 0;
+  $("holdings").querySelector(".scroll").hidden = holdings.length === 0;
+}
+
+/** The profit since the run began, in dollars and percent: equity less profit is what it began with. */
+function drawChange({ equity, total_pnl: total, holdings }) {
+  $("since").hidden = equity === null;
+  if (equity === null) {
+    const unpriced = holdings.filter((holding) => holding.current_price === null).map((holding) => holding.ticker);
+    return draw($("change"), `No price at the moment for ${unpriced.join(", ")}.`, "muted");
+  }
+  const start = units(equity) - units(total);
+  const share = start > 0n ? ` (${percent(rounded((units(total) * 100n * 10n ** 8n) / start, 2))} %)` : "";
+  draw($("change"), `${profit(total)} USD${share}`, direction(total) || "muted");
+}
+
+function drawTrades({ trades, next_cursor: next }) {
+  drawRows($("trades-rows"), trades, (trade) => trade.id, TRADE_COLUMNS);
+  const page = seen.cursors.length;
+  $("trades-none").hidden = trades.length > 0;
+  $("trades").querySelector(".scroll").hidden = trades.length === 0;
+  $("pages").hidden = page === 1 && next === null;
+  draw($("page-number"), `Page ${page}`);
+  $("newer").setAttribute("aria-disabled", String(page === 1)); // Not `disabled`, which would drop the focus.
+  $("older").setAttribute("aria-disabled", String(next === null));
+  seen.nextCursor = next;
+}
+
+function drawSummary(history) {
+  const list = $("summary");
+  if (!list.children.length) {
+    for (const [label] of SUMMARY) {
+      const pair = list.appendChild(document.createElement("div"));
+      pair.appendChild(document.createElement("dt")).textContent = label;
+      pair.appendChild(document.createElement("dd"));
+    }
+  }
+  SUMMARY.forEach(([, member, format, look = () => ""], i) => {
+    const value = history.summary[member] ?? null;
+    const node = list.children[i].lastElementChild;
+    if (value === null) draw(node, "–", "muted", "Nothing to work it out from yet");
+    else draw(node, format(value), look(value));
+  });
+}
+
+/** The choice among the account's runs, the current one first. */
+function drawRuns() {
+  const choice = $("run-select");
+  const { run, shownRun } = seen;
+  draw($("run-heading"), shownRun ? `Run ${shownRun} (earlier)` : `Run ${run}`);
+  $("run-choice").hidden = run < 2;
+  if (choice.options.length === run) return;
+  choice.replaceChildren();
+  for (let number = run; number >= 1; number -= 1) {
+    choice.add(new Option(number === run ? `run ${number} (current)` : `run ${number}`, String(number)));
+  }
+  choice.value = String(shownRun ?? run);
+}
+
+function drawSources() {
+  const { sources, portfolio, market } = seen;
+  let text = sources.length ? `Prices: ${sources.join(", then ")}` : "";
+  const taken = (portfolio?.holdings ?? []).map((holding) => holding.price_timestamp).filter(Boolean).sort();
+  if (text && key && taken.length) text += market?.clock === "manual" ? `, of ${day(taken[0])}` : `, the oldest ${age(taken[0])} old`;
+  draw($("prices-from"), text);
+  $("sample-band").hidden = !seen.isSample;
+}
+
+/** How long ago a price was taken; on a stopped sample clock its date, since that is long past. */
+function drawAge(time) {
+  const timestamp = time.dateTime;
+  if (!timestamp) return draw(time, "no price", "muted");
+  draw(time, seen.market?.clock === "manual" ? day(timestamp) : `${age(timestamp)} ago`, "", clockTime(timestamp) + " UTC");
+}
+
+function drawAges() {
+  $("holdings-rows").querySelectorAll("time").forEach(drawAge);
+  drawSources();
+  if (seen.updated) draw($("updated"), `Updated ${seen.updated} UTC`);
+}
+
+/* ------------------------------------------------------------------------------------------ Curve */
+
+let plot = null;
+let curvePoints = [];
+
+function colour(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+/** The curve from the starting cash on, over time; over the order of the points where the market's time has jumped back. */
+function drawCurve({ points, summary }) {
+  if (!points.length) return;
+  const start = { timestamp: points[0].timestamp, equity: summary.starting_cash };
+  curvePoints = [start, ...points];
+  const times = curvePoints.map((point) => Date.parse(point.timestamp) / 1000);
+  const runsOn = times.every((time, i) => i === 0 || time >= times[i - 1]) && times.at(-1) > times[0];
+  const float = (number) => (number === null ? null : Number(number));
+  const lines = [
+    runsOn ? times : curvePoints.map((_, i) => i),
+    curvePoints.map((point) => float(point.equity)),
+    curvePoints.map(() => float(start.equity)),
+  ];
+  const isShort = points.length <= 2;
+  $("curve-note").hidden = runsOn && !isShort;
+  draw($("curve-note"), isShort
+    ? "The curve has one point for each trade, and one for now."
+    : "One step for each trade: the market’s clock has gone back in this run, or stood still.");
+  const said = points.at(-1)?.equity;
+  $("curve").setAttribute("aria-label", `Equity curve from ${usd(summary.starting_cash)} to ${said ? usd(said) : "an unknown value"}, ` +
+    `${points.length} points` + (summary.max_drawdown_percent ? `, largest drawdown ${money(summary.max_drawdown_percent)} percent` : ""));
+  if (plot?.runsOn === runsOn) {
+    plot.setData(lines);
+  } else {
+    plot?.destroy();
+    plot = new uPlot(curveOptions(runsOn), lines, $("curve"));
+    plot.runsOn = runsOn;
+  }
+  readOut(plot.cursor.idx);
+}
+
+function curveOptions(runsOn) {
+  const host = $("curve");
+  const axis = {
+    stroke: () => colour("--muted"),
+    grid: { stroke: () => colour("--line"), width: 1 },
+    ticks: { stroke: () => colour("--line"), width: 1, size: 4 },
+    font: "12px system-ui, sans-serif",
+  };
+  const dates = (_, ticks, __, ___, apart) => ticks.map((tick) => {
+    const text = new Date(tick * 1000).toISOString();
+    return apart >= 86400 ? text.slice(0, 10) : text.slice(apart >= 3600 ? 5 : 11, 16).replace("T", " ");
+  });
+  const wholeSteps = [1, 10, 100, 1000, 10000, 100000].flatMap((step) => [step, 2 * step, 5 * step]);
+  return {
+    width: host.clientWidth,
+    height: host.clientHeight,
+    tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "Etc/UTC"),
+    padding: [8, 36, 0, 0], // Room for half of the last date.
+    legend: { show: false },
+    cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 } },
+    scales: {
+      x: { time: runsOn, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) },
+      y: { range: (_, low, high) => (low === high ? [low * 0.99 - 1, high * 1.01 + 1] : uPlot.rangeNum(low, high, 0.1, true)) },
+    },
+    axes: [
+      { ...axis, size: 30, space: 90, ...(runsOn ? { values: dates } : { incrs: wholeSteps }) },
+      {
+        ...axis,
+        values: (_, ticks) => ticks.map((tick) => tick.toLocaleString("en-US", { maximumFractionDigits: 4 })),
+        size: (_, labels) => 16 + 7.5 * Math.max(4, ...(labels ?? []).map((label) => label.length)),
+      },
+    ],
+    series: [
+      {},
+      { stroke: () => colour("--accent"), fill: () => colour("--fill"), width: 2, points: { show: (_, __, from, to) => to - from < 30, size: 5 } },
+      { stroke: () => colour("--edge"), width: 1, dash: [4, 4], points: { show: false } },
+    ],
+    hooks: { setCursor: [(chart) => readOut(chart.cursor.idx)] },
+  };
+}
+
+/** The point under the pointer in words, or the last one: the exact digits, which the curve has not. */
+function readOut(index) {
+  const point = curvePoints[index ?? curvePoints.length - 1];
+  if (!point) return draw($("readout"), "");
+  draw($("readout"), `${clockTime(point.timestamp).slice(0, 16)} · ${point.equity === null ? "no price" : usd(point.equity)}`);
+}
+
+function fitCurve() {
+  const { clientWidth: width, clientHeight: height } = $("curve");
+  if (plot && width && (plot.width !== width || plot.height !== height)) plot.setSize({ width, height });
+}
+
+/* ------------------------------------------------------------------------------------- Refreshing */
+
+/** What the page knows. `cursors` are the pages of trades turned to so far, the first being null. */
+const seen = {
+  sources: [], isSample: false, portfolio: null, market: null, updated: "",
+  run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "", refreshes: 0, healthAt: 0,
+};
+
+let refreshing = null;
+let refreshAgain = false;
+
+/** Ask for everything that is shown and draw it. One at a time: a second call waits, and asks anew. */
+function refresh() {
+  if (refreshing) {
+    refreshAgain = true;
+    return refreshing;
+  }
+  refreshing = refreshOnce().finally(() => {
+    refreshing = null;
+    if (refreshAgain) {
+      refreshAgain = false;
+      return refresh();
+    }
+  });
+  return refreshing;
+}
+
+async function refreshOnce() {
+  const askedWith = key;
+  try {
+    await refreshHealth();
+    if (key) await refreshAccount(askedWith);
+    sayAway("");
+  } catch (problem) {
+    if (key !== askedWith) return;
+    if (!(problem instanceof Problem)) throw problem;
+    const isSignedOut = problem.status === 401;
+    if (isSignedOut) signOut("The server does not know this key, or no longer.");
+    sayAway(isSignedOut ? "" : problem.message);
+  }
+}
+
+/** Where prices come from; open to all, so that the sign-in form can say it too. */
+async function refreshHealth() {
+  if (Date.now() - seen.healthAt < HEALTH_SECONDS * 1000) return;
+  let health;
+  try {
+    health = await ask("/health");
+  } catch (problem) {
+    if (problem.status === 0) throw problem;
+    health = problem.document; // Unhealthy is 503, and still says everything.
+  }
+  const sources = Object.entries(health.prices ?? {}).filter(([source]) => source in SOURCES);
+  seen.isSample = sources.some(([source]) => source === "sample");
+  seen.sources = sources.map(([source, { resting }]) => SOURCES[source] + (resting ? " (resting after failures)" : ""));
+  seen.healthAt = Date.now();
+  drawSources();
+  offerTestKey();
+}
+
+async function refreshAccount(askedWith) {
+  const [portfolio, trades, market] = await Promise.all([
+    ask("/api/v1/portfolio"), pageOfTrades(), seen.isSample ? askIfThere("/api/v1/market") : null,
+  ]);
+  if (key !== askedWith) return;
+  Object.assign(seen, { portfolio, market, updated: clockTime(new Date(Date.now() + serverAhead).toISOString()).slice(11) });
+  showDashboard(true);
+  drawPortfolio(portfolio);
+  if (trades.cursor === seen.cursors.at(-1) && trades.run === seen.shownRun) drawTrades(trades);
+  drawMarket();
+  drawAges();
+  await refreshHistory(`${seen.shownRun} ${portfolio.cash_balance} ${portfolio.equity} ${trades.trades[0]?.id} ${market?.now}`);
+  if (quoteMayChange) await refreshQuote();
+}
+
+/** The page of trades that is turned to, with the cursor and run that it was asked for. */
+async function pageOfTrades() {
+  const cursor = seen.cursors.at(-1);
+  const run = seen.shownRun;
+  const query = new URLSearchParams({ limit: TRADES_ON_A_PAGE, ...(cursor && { cursor }), ...(run && { run }) });
+  try {
+    return { ...(await ask(`/api/v1/trades?${query}`)), cursor, run };
+  } catch (problem) {
+    if (problem.status !== 400 || !cursor) throw problem;
+    seen.cursors = [null]; // The server knows this page no more: its database is another one.
+    return pageOfTrades();
+  }
+}
+
+/** The run, its curve and its figures: long for a busy bot, so asked for when something has changed. */
+async function refreshHistory(state) {
+  seen.refreshes += 1;
+  if (state === seen.historyOf && seen.refreshes % 12) return;
+  const shownRun = seen.shownRun;
+  const history = await askIfThere(`/api/v1/account/history${shownRun ? `?run=${shownRun}` : ""}`);
+  if (shownRun !== seen.shownRun || !key) return;
+  $("overview").querySelector(".run").hidden = $("overview").querySelector("figure").hidden = !history;
+  if (!history) return;
+  if (!shownRun && Number(history.run) !== seen.run) {
+    const startedOver = seen.historyOf !== "";
+    seen.run = Number(history.run);
+    if (startedOver) turnTo([null]);
+  }
+  seen.historyOf = state;
+  drawRuns();
+  drawSummary(history);
+  drawCurve(history);
+}
+
+/** Say that the server is away, with its reason; nothing once it is back. What was seen stays. */
+function sayAway(reason) {
+  const old = seen.portfolio ? ` What you see is of ${seen.updated} UTC.` : "";
+  const text = reason && `${reason}${old} Trying again every ${REFRESH_SECONDS} seconds.`;
+  if ($("away").textContent !== text) $("away").textContent = text;
+  $("away").hidden = !reason;
+}
+
+function turnTo(cursors) {
+  seen.cursors = cursors;
+  seen.nextCursor = null;
+  return refresh();
+}
+
+function showRun(run) {
+  seen.shownRun = run === seen.run ? null : run;
+  draw($("start-over-result"), "");
+  turnTo([null]);
+}
+
+/* ----------------------------------------------------------------------------------------- Orders */
+
+let sending = false;
+let quoted = null; // The last price answer for the ticket's ticker.
+let quoteMayChange = false; // Not for a ticker that nobody knows: that is asked once.
+
+const ticketTicker = () => $("ticker").value.trim().toUpperCase();
+const ticketAction = () => $("order-form").elements.action.value;
+
+function fillTicket(action, ticker, amount) {
+  $("order-form").elements.action.value = action;
+  $("ticker").value = ticker;
+  $("quantity").value = amount;
+  $("price").value = "";
+  drawTicket();
+  refreshQuote();
+  $("quantity").focus();
+  $("quantity").select();
+}
+
+async function refreshQuote() {
+  const ticker = ticketTicker();
+  quoteMayChange = false;
+  const isTicker = /^[A-Z0-9.\-=^]{1,20}$/.test(ticker) && /[A-Z0-9]/.test(ticker);
+  if (!isTicker) {
+    quoted = null;
+    draw($("quote"), ticker ? "A ticker has letters, digits and . - = ^ only." : "Name a ticker to see its price.");
+    return drawTicket();
+  }
+  try {
+    const quote = await ask(`/api/v1/price/${encodeURIComponent(ticker)}`);
+    if (ticker !== ticketTicker()) return;
+    quoted = quote;
+    quoteMayChange = true;
+    const taken = seen.market?.clock === "manual" ? day(quote.timestamp) : `${age(quote.timestamp)} ago`;
+    draw($("quote"), `${quote.ticker}: ${price(quote.price)} ${quote.currency ?? "(currency unknown)"}, ${taken}`);
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    if (ticker !== ticketTicker()) return;
+    quoted = null;
+    quoteMayChange = problem.mayPass;
+    draw($("quote"), problem.message);
+  }
+  drawTicket();
+}
+
+/** The button's words, and what the order comes to before commission. */
+function drawTicket() {
+  const buying = ticketAction() === "buy";
+  draw($("place"), buying ? "Place buy order" : "Place sell order");
+  const each = $("price").value.trim() || (quoted?.ticker === ticketTicker() ? quoted.price : "");
+  const amount = $("quantity").value.trim();
+  const known = isAmount(each) && isAmount(amount);
+  const total = known ? rounded((units(each) * units(amount)) / 10n ** 8n, 8) : "";
+  draw($("estimate"), known ? `${buying ? "Costs" : "Brings"} about ${usd(total)}, before commission.` : "");
+}
+
+function sayOrder(text, look) {
+  draw($("order-result"), text, look);
+}
+
+/** The order in the ticket as it goes out, amounts as the text that was typed. */
+function ticketOrder() {
+  const order = { ticker: ticketTicker(), action: ticketAction(), quantity: $("quantity").value.trim() };
+  const limit = $("price").value.trim();
+  return JSON.stringify(limit ? { ...order, price: limit } : order);
+}
+
+/** The key under which `order` goes out: the one it had, while what became of it is not known. */
+function keyFor(order) {
+  const open = JSON.parse(sessionStorage.getItem("open-order") ?? "{}");
+  if (open.order === order) return open.key;
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  const fresh = crypto.randomUUID?.() ?? [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  sessionStorage.setItem("open-order", JSON.stringify({ order, key: fresh }));
+  return fresh;
+}
+
+async function sendOrder(isRehearsal) {
+  if (sending || !$("order-form").reportValidity()) return;
+  sending = true;
+  $("order-form").setAttribute("aria-busy", "true");
+  for (const name of ["ticker", "quantity", "price"]) $(name).removeAttribute("aria-invalid");
+  const order = ticketOrder();
+  try {
+    const trade = isRehearsal
+      ? await ask("/api/v1/trade?dry_run=true", { method: "POST", body: order })
+      : await place(order);
+    sayOrder(sentence(trade, isRehearsal), isRehearsal ? "" : "gain");
+    if (!isRehearsal) $("quantity").value = ""; // So that a second press does not buy twice.
+    drawTicket();
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    sayOrder(...refusal(problem, isRehearsal));
+    for (const { field } of problem.document.errors ?? []) {
+      if (["ticker", "quantity", "price"].includes(field)) $(field).setAttribute("aria-invalid", "true");
+    }
+  } finally {
+    sending = false;
+    $("order-form").removeAttribute("aria-busy");
+  }
+  if (!isRehearsal) refresh();
+}
+
+/** Place `order`, again and again under one key while no clear answer comes; a Problem in the end. */
+async function place(order) {
+  const headers = { "Idempotency-Key": keyFor(order) };
+  for (const pause of [...RETRY_AFTER_SECONDS, null]) {
+    try {
+      const trade = await ask("/api/v1/trade", { method: "POST", body: order, headers });
+      sessionStorage.removeItem("open-order");
+      return trade;
+    } catch (problem) {
+      if (!problem.mayPass) sessionStorage.removeItem("open-order");
+      if (!problem.mayPass || pause === null) throw problem;
+      sayOrder(`${problem.message} Sending the order again under the same key…`);
+      await sleep(pause);
+    }
+  }
+}
+
+function sentence(trade, isRehearsal) {
+  const [verb, would] = trade.trade_type === "buy" ? ["Bought", "would buy"] : ["Sold", "would sell"];
+  const what = `${quantity(trade.quantity)} ${trade.ticker} at ${price(trade.price)} USD for ${exactly(trade.total_amount)}`;
+  const costs = direction(trade.commission) ? `, commission ${exactly(trade.commission)}` : "";
+  const gained = trade.realized_pnl === null ? "" : ` Profit: ${shown(trade.realized_pnl, 2, 8, "+")} USD.`;
+  if (isRehearsal) return `This ${would} ${what}${costs}.${gained} Cash after it: ${exactly(trade.cash_balance)}. Nothing has been booked.`;
+  if (trade.replayed) return `Booked already, as trade ${trade.id}: ${verb.toLowerCase()} ${what}${costs}. It is booked once.`;
+  return `${verb} ${what}${costs}.${gained} Cash: ${exactly(trade.cash_balance)}. Trade ${trade.id}.`;
+}
+
+/** What to say about an order that was not taken, and how it should look. */
+function refusal(problem, isRehearsal) {
+  const isOpen = problem.isAway && problem.code !== "price_unavailable" && !isRehearsal;
+  const advice = isOpen
+    ? " Whether the order was booked is not known. Place it again, unchanged: it goes out under the same key and is booked once at the most."
+    : "";
+  return [problem.message + advice, "loss"];
+}
+
+/* ---------------------------------------------------------------------------------- Sample market */
+
+function drawMarket() {
+  const { market } = seen;
+  const stopped = market?.clock === "manual";
+  $("clock").hidden = !market;
+  const tickers = [...new Set([...(market?.tickers ?? []), ...seen.portfolio.holdings.map((holding) => holding.ticker)])];
+  const options = $("tickers").options;
+  if (tickers.join() !== [...options].map((option) => option.value).join()) {
+    $("tickers").replaceChildren(...tickers.map((ticker) => new Option(ticker, ticker)));
+  }
+  if (!market) return;
+  draw($("clock-now"), `${clockTime(market.now).slice(0, 16)} UTC`);
+  draw($("clock-state"), stopped ? "stopped" : "running");
+  draw($("clock-toggle"), stopped ? "Let it run" : "Stop the clock");
+  $("clock").querySelectorAll(".step").forEach((button) => { button.disabled = !stopped; });
+  const date = $("clock-at");
+  date.min = day(market.first_bar);
+  date.max = day(market.last_bar);
+  if (!date.value) date.value = day(market.now);
+  const pins = Object.entries(market.pins ?? {}).map(([ticker, pinned]) => `${ticker} ${price(pinned)}`);
+  draw($("pins"), pins.length ? `Pinned prices, USD: ${pins.join(", ")}` : "");
+}
+
+async function control(path, method, body) {
+  try {
+    await ask(`/api/v1/market/${path}`, { method, body: JSON.stringify(body) });
+    draw($("clock-result"), "");
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    draw($("clock-result"), problem.message, "loss");
+  }
+  await refresh();
+}
+
+/* ---------------------------------------------------------------------------------------- Account */
+
+function showDashboard(isOpen) {
+  $("dashboard").hidden = !isOpen;
+  $("sign-out").hidden = !key;
+  $("sign-in").hidden = isOpen;
+  fitCurve();
+}
+
+function offerTestKey() {
+  const isHere = ["127.0.0.1", "localhost", "[::1]"].includes(location.hostname);
+  $("test-key-offer").hidden = !(isHere && seen.isSample);
+}
+
+async function signIn(text) {
+  $("sign-in-problem").textContent = "";
+  if (!/^[!-~]{1,255}$/.test(text)) {
+    $("sign-in-problem").textContent = "A key has printable ASCII characters only, and no spaces.";
+    return;
+  }
+  forget();
+  key = text;
+  sessionStorage.setItem("key", key);
+  await refresh();
+  if (!$("dashboard").hidden) $("equity-heading").focus({ preventScroll: true });
+}
+
+/** Leave nothing of an account on the page or in the tab. */
+function forget() {
+  key = null;
+  sessionStorage.clear();
+  Object.assign(seen, { portfolio: null, market: null, updated: "", run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "" });
+  plot?.destroy();
+  plot = null;
+  curvePoints = [];
+  quoted = null;
+  for (const id of ["holdings-rows", "trades-rows", "run-select", "summary", "tickers"]) $(id).replaceChildren();
+  for (const id of ["order-form", "start-over-form", "clock-form", "sign-in-form"]) $(id).reset();
+  for (const id of ["updated", "order-result", "start-over-result", "clock-result", "csv-result", "readout"]) draw($(id), "");
+  for (const id of ["equity", "change", "cash", "market-value", "cost", "unrealized", "realized", "total"]) draw($(id), "");
+  askToStartOver(false);
+  drawSources();
+}
+
+function signOut(reason = "") {
+  forget();
+  showDashboard(false);
+  $("sign-in-problem").textContent = reason;
+  $("key").focus();
+}
+
+function askToStartOver(isAsking) {
+  $("start-over-form").hidden = !isAsking;
+  $("start-over").setAttribute("aria-expanded", String(isAsking));
+}
+
+async function startOver() {
+  const cash = $("start-cash").value.trim();
+  try {
+    await ask("/api/v1/account/reset", { method: "POST", body: JSON.stringify(cash ? { cash } : {}) });
+    askToStartOver(false);
+    $("start-over-form").reset();
+    $("start-over").focus();
+    Object.assign(seen, { shownRun: null, cursors: [null] });
+    draw($("start-over-result"), "A new run has begun.");
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    const advice = problem.isAway ? " Look at the run’s number before you try again." : "";
+    draw($("start-over-result"), problem.message + advice, "loss");
+  }
+  await refresh();
+}
+
+async function downloadCsv() {
+  const run = seen.shownRun;
+  try {
+    const [response, text] = await fetched(`/api/v1/trades.csv${run ? `?run=${run}` : ""}`, { seconds: CSV_SECONDS });
+    if (!response.ok) throw new Problem(parseExactly(text).detail ?? `The server answered ${response.status}.`, response.status);
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "text/csv;charset=utf-8" }));
+    link.download = `trades-run-${run ?? seen.run}.csv`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+    draw($("csv-result"), "");
+  } catch (problem) {
+    draw($("csv-result"), problem instanceof Problem ? problem.message : "The download failed.", "loss");
+  }
+}
+
+/* ------------------------------------------------------------------------------------------ Start */
+
+function onSubmit(id, act) {
+  $(id).addEventListener("submit", (event) => {
+    event.preventDefault();
+    act();
+  });
+}
+
+function onClick(id, act) {
+  $(id).addEventListener("click", act);
+}
+
+function start() {
+  onSubmit("sign-in-form", () => signIn($("key").value.trim()));
+  onClick("use-test-key", () => signIn(TEST_KEY));
+  onClick("sign-out", () => signOut());
+
+  let typing = 0;
+  onSubmit("order-form", () => sendOrder(false));
+  onClick("rehearse", () => sendOrder(true));
+  $("order-form").addEventListener("input", (event) => {
+    drawTicket();
+    event.target.removeAttribute("aria-invalid");
+    if (event.target !== $("ticker")) return;
+    clearTimeout(typing);
+    typing = setTimeout(refreshQuote, 600);
+  });
+
+  onClick("newer", () => seen.cursors.length > 1 && turnTo(seen.cursors.slice(0, -1)));
+  onClick("older", () => seen.nextCursor && turnTo([...seen.cursors, seen.nextCursor]));
+  $("run-select").addEventListener("change", (event) => showRun(Number(event.target.value)));
+  onClick("csv", downloadCsv);
+
+  onClick("start-over", () => {
+    const isAsking = $("start-over-form").hidden;
+    askToStartOver(isAsking);
+    draw($("start-over-result"), "");
+    if (isAsking) $("keep-going").focus();
+  });
+  onClick("keep-going", () => {
+    askToStartOver(false);
+    $("start-over").focus();
+  });
+  onSubmit("start-over-form", startOver);
+
+  onClick("clock-toggle", () => control("clock", "PUT", { at: seen.market.clock === "manual" ? null : seen.market.now }));
+  onSubmit("clock-form", () => control("clock", "PUT", { at: `${$("clock-at").value}T00:00:00Z` }));
+  $("clock").querySelectorAll(".step").forEach((button) => {
+    button.addEventListener("click", () => control("advance", "POST", { bars: Number(button.value) }));
+  });
+
+  new ResizeObserver(fitCurve).observe($("curve"));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plot?.redraw());
+  document.addEventListener("visibilitychange", () => document.hidden || refresh());
+  setInterval(() => document.hidden || refreshing || refresh(), REFRESH_SECONDS * 1000);
+  setInterval(() => document.hidden || drawAges(), 1000);
+
+  $("sign-out").hidden = !key;
+  $("sign-in").hidden = Boolean(key);
+  drawTicket();
+  refresh();
+}
+
+start();
