@@ -216,7 +216,7 @@ class ExactJSON(JSONProvider):
         return simplejson.RawJSON(plain(number))
 
 
-app = Simulator(__name__)
+app = Simulator("app")  # By name: `instance/` is then beside this file, wherever it is started from.
 app.json = ExactJSON(app)
 app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024

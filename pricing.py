@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
@@ -317,7 +317,7 @@ class Yahoo(Source):
     def __init__(self, folder: str):
         super().__init__()
         self.folder = folder
-        self.first_use = threading.Lock()
+        self.first_turn = threading.Lock()
 
     @cached_property
     def session(self):
@@ -369,11 +369,28 @@ class Yahoo(Source):
         except (KeyError, IndexError, TypeError, ValueError):
             raise SourceFailed("its answer has no prices") from None
 
+    @contextmanager
+    def turn(self):
+        """Until Yahoo has answered once, one thread asks at a time and the others do not wait for long.
+
+        They would only queue for yfinance's cookie, each as long as a Yahoo that hangs takes to fail.
+        """
+        if self.answers:
+            yield
+        elif self.first_turn.acquire(timeout=2 * REQUEST_SECONDS):
+            try:
+                yield
+            finally:
+                self.first_turn.release()
+        else:
+            raise SourceFailed("it has not answered yet")
+
     def chart(self, ticker: str, period: str) -> dict:
-        with self.first_use:
-            session = self.session
         try:
-            response = session.get(self.URL + escaped(ticker), params={"range": period, "interval": "1d"})
+            with self.turn():
+                response = self.session.get(self.URL + escaped(ticker), {"range": period, "interval": "1d"})
+        except SourceFailed:
+            raise
         except Exception as error:  # yfinance raises whatever it stumbles over in a strange answer.
             if type(error).__name__ == "YFRateLimitError":
                 raise RateLimited("it says that we ask too often") from None

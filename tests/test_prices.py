@@ -1,0 +1,765 @@
+"""Live prices: the real yfinance and the real requests, with stand-ins for Yahoo Finance and Alpha Vantage.
+
+`bot` trades on one process on SQLite, which asks both sources; `crowd` is three processes on each of
+the two databases, which ask Yahoo alone. Quotes hold for two seconds on both.
+"""
+
+import http.client
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from decimal import Decimal
+from threading import Barrier
+
+import pytest
+import requests
+from conftest import ROOT, Database, Server, environment, exact, free_port
+from standins import MarketStandIn
+
+HOLD_SECONDS = 2
+SECRET = "ALPHAVANTAGE0KEY0OF0THE0TESTS"
+names = itertools.count(1)
+
+
+def new_ticker() -> str:
+    """A ticker that no server has been asked for before."""
+    return f"NEW{next(names)}"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """A copy of the program: what it keeps under instance/, such as Yahoo's cookie, goes with it."""
+    folder = tmp_path_factory.mktemp("program")
+    for file in ("app.py", "models.py", "pricing.py"):
+        shutil.copy(ROOT / file, folder)
+    for part in ("migrations", "sample_market"):
+        shutil.copytree(ROOT / part, folder / part)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stand_in():
+    with MarketStandIn() as market:
+        yield market
+
+
+@pytest.fixture
+def market(stand_in):
+    """Yahoo and Alpha Vantage, who know no ticker yet."""
+    stand_in.reset()
+    return stand_in
+
+
+@pytest.fixture(scope="module")
+def live_server(program, stand_in):
+    """Makes servers of the copied program that find the stand-ins where they look for the real ones."""
+
+    def new(database: Database, sources="yahoo", **settings) -> Server:
+        from_the_copy = {"GUNICORN_CMD_ARGS": f"--chdir {program}", "PRICE_CACHE_SECONDS": HOLD_SECONDS}
+        return Server(
+            database.url, **stand_in.environment, **from_the_copy | {"PRICE_SOURCES": sources} | settings
+        )
+
+    return new
+
+
+@pytest.fixture(scope="module")
+def run(program, stand_in):
+    """Runs Python in the copied program, to its end."""
+
+    def python(*arguments, **settings) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=program,
+            env=environment(**stand_in.environment | settings),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return python
+
+
+@pytest.fixture(scope="module")
+def database_of_bot(tmp_path_factory):
+    return Database(f"sqlite:///{tmp_path_factory.mktemp('bot')}/live.db").migrate()
+
+
+@pytest.fixture(scope="module")
+def live(live_server, database_of_bot):
+    both = {"sources": "yahoo,alphavantage", "ALPHAVANTAGE_API_KEY": SECRET}
+    with live_server(database_of_bot, **both, workers=1, threads=32) as server:
+        yield server
+
+
+@pytest.fixture
+def bot(live, market):
+    """A trader on a server whose two sources have just answered, so that neither is about to rest."""
+    bot = live.trader(name="bot")
+    only_alphavantage, only_yahoo = new_ticker(), new_ticker()
+    market.alphavantage(only_alphavantage, share("1"))
+    market.yahoo(only_yahoo, "1")
+    assert price_of(bot, only_alphavantage)["source"] == "alphavantage"
+    assert price_of(bot, only_yahoo)["source"] == "yahoo_finance"
+    market.clear()
+    return bot
+
+
+@pytest.fixture(scope="module")
+def live_database(new_database):
+    return new_database().migrate()
+
+
+@pytest.fixture(scope="module")
+def crowd(live_server, live_database):
+    with live_server(live_database, workers=3, threads=100) as server:
+        server.trader()  # The first request takes the database for the live market.
+        yield server
+
+
+def share(price: str) -> dict:
+    """What Alpha Vantage says of a share."""
+    return {"Global Quote": {"01. symbol": "X", "05. price": price}}
+
+
+def coin(price: str, currency: str) -> dict:
+    """What Alpha Vantage says of a coin."""
+    return {"Realtime Currency Exchange Rate": {"3. To_Currency Code": currency, "5. Exchange Rate": price}}
+
+
+def asks(trader, ticker) -> requests.Response:
+    return trader.ask("GET", f"/api/v1/price/{ticker}")
+
+
+def price_of(trader, ticker) -> dict:
+    response = asks(trader, ticker)
+    assert response.status_code == 200, response.text
+    return exact(response)
+
+
+def refusal(response) -> tuple[int, str]:
+    return response.status_code, exact(response)["code"]
+
+
+def moment(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def wait_until(text: str) -> None:
+    """Sleep until the moment `text` is past."""
+    time.sleep(max(0, (moment(text) - datetime.now(UTC)).total_seconds()) + 0.01)
+
+
+# What a price is
+
+
+@pytest.mark.parametrize("digits", ["189.84", "0.00000001", "9999999999.99999999", "67012.123456785", "1e3"])
+def test_a_price_has_the_very_digits_that_yahoo_sent(bot, market, digits):
+    ticker = new_ticker()
+    market.yahoo(ticker, digits)
+    quote = price_of(bot, ticker)
+    assert quote["price"] == Decimal(digits).quantize(Decimal("0.00000001"))
+    assert (quote["ticker"], quote["currency"], quote["source"]) == (ticker, "USD", "yahoo_finance")
+    bought = bot.buys("0.00000001", ticker)
+    assert (bought["market_price"], bought["price_source"]) == (quote["price"], "yahoo_finance")
+
+
+def test_a_price_costs_yahoo_one_request_and_holds_for_its_time(bot, market):
+    ticker = new_ticker()
+    market.yahoo(ticker, "10")
+    first = price_of(bot, ticker)
+    assert [path.partition("?")[0] for _, path in market.requests] == [f"/v8/finance/chart/{ticker}"]
+    held = moment(first["valid_until"]) - moment(first["timestamp"])
+    assert held.total_seconds() == HOLD_SECONDS
+    market.yahoo(ticker, "11")
+    again = price_of(bot, ticker)
+    bot.buys(1, ticker)
+    if datetime.now(UTC) < moment(first["valid_until"]):
+        assert again == first
+        assert market.count(ticker) == 1
+    wait_until(first["valid_until"])
+    assert price_of(bot, ticker)["price"] == 11
+    assert market.count(ticker) == 2
+
+
+def test_a_ticker_is_asked_for_by_its_own_name(bot, market):
+    for ticker in ("^GSPC", "BRK-B", "EURUSD=X", "A..B"):
+        market.yahoo(ticker, "5")
+        assert price_of(bot, ticker.lower())["ticker"] == ticker
+        assert market.count(ticker) == 1
+
+
+def test_what_can_be_no_ticker_never_reaches_a_source(live, bot, market):
+    for ticker in (
+        "..",
+        ".",
+        "^",
+        "A/B",
+        "../../v1",
+        "A?b=c",
+        "A#b",
+        "A B",
+        "AAPL\n",
+        "É",
+        "ı",
+        "",
+        "A" * 21,
+    ):
+        assert refusal(bot.order("buy", 1, ticker, key=None)) == (400, "invalid_request")
+    for path in ("..", "%2e%2e", "%2E%2E%2Fv1", "A%2FB", "A%00", "A%20B", "%C4%B1"):
+        connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=10)
+        connection.request("GET", f"/api/v1/price/{path}", headers=dict(bot.session.headers))
+        assert connection.getresponse().status in (400, 404)
+        connection.close()
+    assert market.requests == []
+
+
+def test_yfinance_is_not_loaded_before_a_price_is_asked_for(run):
+    script = "import app, sys; print({'yfinance', 'pandas', 'curl_cffi'} & sys.modules.keys())"
+    done = run("-c", script, PRICE_SOURCES="yahoo", DATABASE_URL="sqlite:///unused.db")
+    assert done.stdout == "set()\n", done.stderr
+
+
+# When there is no price
+
+
+def test_a_ticker_that_nobody_knows_is_unknown_and_remembered_as_such(bot, market):
+    ticker = new_ticker()
+    assert refusal(asks(bot, ticker)) == (404, "unknown_ticker")
+    assert market.count(ticker) > 0
+    market.clear()
+    market.yahoo(ticker, "5")
+    assert refusal(asks(bot, ticker)) == (404, "unknown_ticker")
+    assert refusal(bot.order("buy", 1, ticker)) == (404, "unknown_ticker")
+    assert market.requests == []
+
+
+GOOD_PRICE = '{"chart": {"result": [{"meta": {"regularMarketPrice": 5, "currency": "USD"}}]}}'
+NO_PRICES = {
+    "a number that is none": {"price": "NaN"},
+    "infinity": {"price": "Infinity"},
+    "nothing for money": {"price": "0"},
+    "less than nothing": {"price": "-189.84"},
+    "too little to write down": {"price": "0.000000001"},
+    "more than all the money": {"price": "10000000000"},
+    "a price out of this world": {"price": "1e400"},
+    "a price out of every world": {"price": "1e99999999999999999999"},
+    "a word": {"price": '"lots"'},
+    "an empty word": {"price": '""'},
+    "the word NaN": {"price": '"NaN"'},
+    "yes": {"price": "true"},
+    "null": {"price": "null"},
+    "a list": {"price": "[189.84]"},
+    "an object": {"price": '{"raw": 189.84}'},
+    "no price at all": {"body": {"chart": {"result": [{"meta": {"currency": "USD"}}], "error": None}}},
+    "a price of no currency": {"body": {"chart": {"result": [{"meta": {"regularMarketPrice": 5}}]}}},
+    "a number for a currency": {"currency": 840},
+    "an empty currency": {"currency": ""},
+    "a currency with a zero byte": {"currency": "US\0"},
+    "half a character for a currency": {"currency": "\ud800"},
+    "no result": {"body": {"chart": {"result": [], "error": None}}},
+    "null for a result": {"body": {"chart": {"result": None, "error": None}}},
+    "another document": {"body": "[]"},
+    "a number for a document": {"body": "1"},
+    "a web page": {"body": "<html><h1>We will be back</h1></html>"},
+    "nothing": {"body": ""},
+    "half of a document": {"body": '{"chart": {"result": [{"meta": {"regularMarketPrice": 18'},
+    "brackets without end": {"body": "[" * 100_000},
+    "a giant": {"body": GOOD_PRICE.replace("{", '{"padding": "' + "x" * 5_000_000 + '", ', 1)},
+    "a way elsewhere": {"redirect": "https://query2.finance.yahoo.com/v8/finance/chart/OTHER"},
+    "its own failure": {"status": 500},
+    "a gateway's failure": {"status": 502},
+    "a closed door": {"status": 403},
+    "a web page that is not found": {"status": 404, "body": "<html>Not found</html>"},
+    "another 404": {"status": 404, "body": {"chart": {"error": {"code": "Internal", "description": "?"}}}},
+    "silence": {"hang": True},
+}
+
+
+@pytest.mark.parametrize("answer", NO_PRICES.values(), ids=NO_PRICES.keys())
+def test_yahoo_gives_no_price_and_so_there_is_none_for_now(bot, market, answer):
+    ticker = new_ticker()
+    market.yahoo("OTHER", "5")
+    market.yahoo(ticker, **answer)
+    started = time.monotonic()
+    response = asks(bot, ticker)
+    assert time.monotonic() - started < 10
+    assert refusal(response) == (503, "price_unavailable")
+    assert int(response.headers["Retry-After"]) > 0
+    market.yahoo(ticker, "5")
+    assert price_of(bot, ticker)["price"] == 5
+
+
+def test_a_portfolio_without_a_price_shows_null_and_the_rest(bot, market):
+    ticker, other = new_ticker(), new_ticker()
+    market.yahoo(ticker, "10")
+    market.yahoo(other, "20")
+    bot.buys(3, ticker)
+    bot.buys(1, other)
+    valid_until = max(price_of(bot, t)["valid_until"] for t in (ticker, other))
+    market.yahoo(ticker, status=500)
+    market.yahoo(other, "21")
+    wait_until(valid_until)
+    response = bot.ask("GET", "/api/v1/portfolio")
+    assert response.status_code == 200
+    portfolio = exact(response)
+    lost, priced = portfolio["holdings"]
+    assert (lost["ticker"], lost["quantity"], lost["cost_basis"], lost["average_price"]) == (
+        ticker,
+        3,
+        30,
+        10,
+    )
+    for name in ("current_price", "market_value", "unrealized_pnl", "unrealized_pnl_percent"):
+        assert lost[name] is None
+    assert (priced["current_price"], priced["unrealized_pnl_percent"]) == (21, 5)
+    for name in ("market_value", "equity", "unrealized_pnl", "total_pnl"):
+        assert portfolio[name] is None
+    assert (portfolio["total_invested_value"], portfolio["realized_pnl"]) == (50, 0)
+    assert portfolio["cash_balance"] == 100_000 - 50
+
+
+ONE_QUESTION_IS_GIVEN_UP = """
+import threading, time
+from app import app
+from pricing import LiveMarket, Source
+
+class Slow(Source):
+    name = "slow"
+    def ask(self, ticker):
+        time.sleep(0.6)
+        raise AssertionError("of no use")
+
+market = LiveMarket(app, [Slow()], 180)
+busy = [market.ask(f"BUSY{n}") for n in range(market.threads._max_workers)]
+threading.Timer(0.2, market.ask("AAPL").cancel).start()
+print(market.quotes(["AAPL"]))
+"""
+
+
+def test_a_portfolio_survives_that_somebody_else_gives_its_question_up(run, database_of_bot):
+    done = run("-c", ONE_QUESTION_IS_GIVEN_UP, DATABASE_URL=database_of_bot.url, PRICE_SOURCES="yahoo")
+    assert done.stdout == "{}\n", done.stderr
+
+
+# The second source
+
+
+def test_alpha_vantage_is_asked_where_yahoo_gives_no_price(bot, market):
+    ticker = new_ticker()
+    market.yahoo(ticker, status=500)
+    market.alphavantage(ticker, share("189.8400"))
+    quote = price_of(bot, ticker)
+    assert (quote["price"], quote["currency"], quote["source"]) == (Decimal("189.84"), "USD", "alphavantage")
+    assert bot.buys(1, ticker)["price_source"] == "alphavantage"
+    assert [host for host, _ in market.requests][-1] == "www.alphavantage.co"
+    assert "alphavantage" not in [host for host, _ in market.requests][0]
+
+
+def test_alpha_vantage_is_left_alone_while_yahoo_answers(bot, market):
+    ticker = new_ticker()
+    market.yahoo(ticker, "10")
+    market.alphavantage(ticker, share("11"))
+    assert price_of(bot, ticker)["price"] == 10
+    assert len(market.requests) == 1
+
+
+def test_alpha_vantage_prices_a_coin_by_its_exchange_rate(bot, market):
+    market.yahoo("BTC-USD", status=500)
+    market.alphavantage("BTC-USD", coin("67012.12345678", "USD"))
+    quote = price_of(bot, "BTC-USD")
+    assert (quote["price"], quote["currency"]) == (Decimal("67012.12345678"), "USD")
+    assert "function=CURRENCY_EXCHANGE_RATE" in market.requests[-1][1]
+    assert bot.buys("0.5", "BTC-USD")["total_amount"] == Decimal("33506.06172839")
+
+
+UNKNOWN, BROKEN = {"status": 404}, {"status": 500}
+
+
+@pytest.mark.parametrize(
+    ("first_says", "second_says", "verdict"),
+    [
+        (UNKNOWN, {"Global Quote": {}}, (404, "unknown_ticker")),
+        (UNKNOWN, "<html>", (404, "unknown_ticker")),
+        (UNKNOWN, {"Error Message": "Invalid API call."}, (404, "unknown_ticker")),
+        (BROKEN, {"Global Quote": {}}, (503, "price_unavailable")),
+        (BROKEN, {"Error Message": "Invalid API call."}, (503, "price_unavailable")),
+        (BROKEN, "<html>", (503, "price_unavailable")),
+    ],
+)
+def test_the_first_source_decides_whether_a_ticker_is_unknown(bot, market, first_says, second_says, verdict):
+    ticker = new_ticker()
+    market.yahoo(ticker, **first_says)
+    market.alphavantage(ticker, second_says)
+    assert refusal(asks(bot, ticker)) == verdict
+
+
+ALPHA_VANTAGE_SAYS = {
+    "AAPL": (share("189.84"), "189.84000000 USD"),
+    "SAP.DE": (share("120.5"), "120.50000000 None"),
+    "BTC-USD": (coin("67012.5", "USD"), "67012.50000000 USD"),
+    "BTC-EUR": (coin("61000", "EUR"), "61000.00000000 EUR"),
+    "NONE": ({"Global Quote": {}}, "NoSuchTicker"),
+    "NO-USD": ({"Error Message": "Invalid API call."}, "NoSuchTicker"),
+    "KEY-USD": ({"Error Message": "the parameter apikey is invalid or missing."}, "SourceFailed"),
+    "KEY": ({"Error Message": "the parameter apikey is invalid or missing."}, "SourceFailed"),
+    "NOTE": ({"Note": "Our standard API call frequency is 5 calls per minute."}, "RateLimited"),
+    "INFO": ({"Information": f"We have detected your API key as {SECRET}."}, "RateLimited"),
+    "INFO-USD": ({"Information": "Our standard API rate limit is 25 requests per day."}, "RateLimited"),
+    "NAN": (share("NaN"), "SourceFailed"),
+    "ZERO": (share("0.0000"), "SourceFailed"),
+    "MINUS": (share("-1"), "SourceFailed"),
+    "WORD": (share("lots"), "SourceFailed"),
+    "EMPTY": (share(""), "SourceFailed"),
+    "TRUE": (share(True), "SourceFailed"),
+    "LESS": ({"Global Quote": {"01. symbol": "X"}}, "SourceFailed"),
+    "LIST": ({"Global Quote": ["189.84"]}, "SourceFailed"),
+    "OTHER": ("[]", "SourceFailed"),
+    "HTML": ("<html>", "SourceFailed"),
+    "GIANT": ('{"Note": "' + "x" * 5_000_000 + '"}', "SourceFailed"),
+}
+ASK_ALPHA_VANTAGE = """
+import sys
+from pricing import AlphaVantage
+for ticker in sys.argv[2:]:
+    try:
+        quote = AlphaVantage(sys.argv[1]).quote(ticker)
+        print(quote.price, quote.currency)
+    except Exception as refusal:
+        print(type(refusal).__name__)
+"""
+
+
+def test_alpha_vantage_says_no_in_many_words_and_they_are_told_apart(run, market):
+    for ticker, (body, _) in ALPHA_VANTAGE_SAYS.items():
+        market.alphavantage(ticker, body)
+    done = run("-c", ASK_ALPHA_VANTAGE, SECRET, *ALPHA_VANTAGE_SAYS)
+    verdicts = dict(zip(ALPHA_VANTAGE_SAYS, done.stdout.splitlines(), strict=True))
+    assert verdicts == {ticker: verdict for ticker, (_, verdict) in ALPHA_VANTAGE_SAYS.items()}
+    assert SECRET not in done.stderr
+
+
+def test_the_key_of_alpha_vantage_is_told_to_nobody(live, bot, market):
+    answers = []
+    for answer in (
+        {"body": {"Error Message": f"the parameter apikey {SECRET} is invalid"}},
+        {"body": "", "hang": True},
+        {"body": "", "redirect": f"https://www.alphavantage.co/elsewhere?apikey={SECRET}"},
+    ):
+        ticker = new_ticker()
+        market.yahoo(ticker, status=500)
+        market.alphavantage(ticker, **answer)
+        response = asks(bot, ticker)
+        assert refusal(response) == (503, "price_unavailable")
+        health = requests.get(f"{live.url}/health", timeout=10)
+        assert health.json()["prices"]["alphavantage"]["last_error"]["ticker"] == ticker
+        answers += [response.text, str(response.headers), health.text]
+        lines = [line for line in live.log().splitlines() if f" {ticker}:" in line]
+        assert [line.split()[0] for line in lines] == ["yahoo_finance", "alphavantage"]
+        calm = new_ticker()
+        market.alphavantage(calm, share("1"))
+        assert price_of(bot, calm)["source"] == "alphavantage"
+    assert any(f"apikey={SECRET}" in path for _, path in market.requests)
+    assert SECRET not in "".join(answers) + live.log()
+
+
+# Not in dollars
+
+
+@pytest.mark.parametrize(("ticker", "currency"), [("VOD.L", "GBp"), ("7203.T", "JPY"), ("ODD", None)])
+def test_what_is_not_quoted_in_dollars_is_shown_and_never_traded(bot, market, ticker, currency):
+    market.yahoo(ticker, "72.5", currency=currency)
+    quote = price_of(bot, ticker)
+    assert (quote["price"], quote["currency"]) == (Decimal("72.5"), currency)
+    before = bot.books
+    for order in (bot.order("buy", 1, ticker), bot.order("buy", 1, ticker, at=1000)):
+        assert refusal(order) == (409, "unsupported_currency")
+        assert order.json()["currency"] == currency
+    assert bot.books == before
+
+
+@pytest.mark.parametrize(
+    ("ticker", "body", "currency"),
+    [("SAP.DE", share("120.5"), None), ("BTC-EUR", coin("61000", "EUR"), "EUR")],
+)
+def test_what_alpha_vantage_does_not_quote_in_dollars_is_not_traded(bot, market, ticker, body, currency):
+    market.yahoo(ticker, status=500)
+    market.alphavantage(ticker, body)
+    assert price_of(bot, ticker)["currency"] == currency
+    assert refusal(bot.order("buy", "0.001", ticker)) == (409, "unsupported_currency")
+
+
+# A source that fails is left in peace
+
+
+@pytest.fixture
+def fresh(live_server, database_of_bot, market):
+    """A server of which nobody has asked anything yet."""
+    both = {"sources": "yahoo,alphavantage", "ALPHAVANTAGE_API_KEY": SECRET}
+    with live_server(database_of_bot, **both, workers=1) as server:
+        yield server
+
+
+def health_of(server) -> dict:
+    return requests.get(f"{server.url}/health", timeout=10).json()["prices"]
+
+
+def test_a_source_that_asks_us_to_slow_down_is_not_asked_again(fresh, market):
+    alice, ticker = fresh.trader(), new_ticker()
+    market.yahoo(ticker, status=429)
+    market.alphavantage(ticker, {"Information": "Our standard API rate limit is 25 requests per day."})
+    assert refusal(asks(alice, ticker)) == (503, "price_unavailable")
+    for name in ("yahoo_finance", "alphavantage"):
+        source = health_of(fresh)[name]
+        assert (source["failures"], source["resting"]) == (1, True)
+        assert source["last_error"]["ticker"] == ticker
+        assert source["last_error"]["error"] == "it says that we ask too often"
+    market.clear()
+    market.yahoo_default("5")
+    for _ in range(3):
+        assert refusal(asks(alice, new_ticker())) == (503, "price_unavailable")
+    assert market.requests == []
+    assert health_of(fresh)["yahoo_finance"]["failures"] == 1
+
+
+def test_a_source_that_fails_three_times_in_a_row_rests(fresh, market):
+    alice = fresh.trader()
+    good, bad = [new_ticker()], [new_ticker() for _ in range(6)]
+    for ticker in good + bad:
+        market.alphavantage(ticker, share("7"))
+    market.yahoo(good[0], "5")
+    market.yahoo_default(status=500)
+    for ticker in (bad[0], bad[1], good[0], bad[2], bad[3]):
+        price_of(alice, ticker)
+    assert not health_of(fresh)["yahoo_finance"]["resting"]
+    price_of(alice, bad[4])
+    yahoo = health_of(fresh)["yahoo_finance"]
+    assert (yahoo["answers"], yahoo["failures"], yahoo["resting"]) == (1, 5, True)
+    assert yahoo["last_error"]["error"] == "it answered HTTP 500"
+    market.clear()
+    assert price_of(alice, bad[5])["source"] == "alphavantage"
+    assert [host for host, _ in market.requests] == ["www.alphavantage.co"]
+
+
+A_SOURCE_RECOVERS = """
+import pricing
+pricing.PAUSE_SECONDS = 0.2
+
+class Moody(pricing.Source):
+    name, asked, works = "moody", 0, False
+    def ask(self, ticker):
+        self.asked += 1
+        if not self.works:
+            raise pricing.RateLimited("slow down")
+        return "a quote"
+
+def ask():
+    try:
+        return source.quote("AAPL")
+    except pricing.SourceFailed as failure:
+        return str(failure)
+
+source = Moody()
+print(ask(), ask(), source.asked, sep=", ")
+source.works = True
+pricing.time.sleep(0.25)
+print(ask(), ask(), source.asked, sep=", ")
+"""
+
+
+def test_a_source_is_asked_again_after_its_rest(run):
+    done = run("-c", A_SOURCE_RECOVERS)
+    assert done.stdout == "slow down, it rests, 1\na quote, a quote, 3\n", done.stderr
+
+
+# Many at once
+
+
+def at_once(count: int, act) -> list:
+    """What `act(0)`, `act(1)`, ... answer, each in a thread of its own, begun at the same moment."""
+    barrier = Barrier(count)
+
+    def begin(number):
+        barrier.wait()
+        return act(number)
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(begin, range(count)))
+
+
+def get(server, trader, path) -> requests.Response:
+    """Ask over a connection of its own, which any process of the server may accept."""
+    headers = {"Authorization": f"Bearer {trader.key}", "Connection": "close"}
+    return requests.get(f"{server.url}{path}", headers=headers, timeout=60)
+
+
+def test_a_hundred_who_ask_at_once_cost_one_request_a_process(crowd, market):
+    alice, ticker, prices = crowd.trader(), new_ticker(), itertools.count(100)
+    market.yahoo(ticker, lambda: str(next(prices)), delay=0.3)
+    answers = at_once(100, lambda _: get(crowd, alice, f"/api/v1/price/{ticker}"))
+    assert {answer.status_code for answer in answers} == {200}
+    quotes = {answer.text for answer in answers}
+    assert len(quotes) <= 2, "They took so long that more than one quote ran out."
+    assert market.count(ticker) <= 3 * len(quotes)
+
+
+def test_a_quote_is_honoured_by_every_process_until_it_ends(crowd, live_database, market):
+    """The price rises at each request to Yahoo, so whoever judges by another quote refuses the buy."""
+    ticker, cents = new_ticker(), itertools.count(10_000)
+    market.yahoo(ticker, lambda: str(Decimal(next(cents)) / 100))
+    traders = [crowd.trader(name=f"bot{n}", cash=10_000_000) for n in range(10)]
+    honoured, refused, seen, trades = [], [], [], []
+
+    def trade(number: int):
+        for _ in range(22):
+            quote = exact(get(crowd, traders[number], f"/api/v1/price/{ticker}"))
+            seen.append((quote["timestamp"], quote["valid_until"], quote["price"]))
+            order = {"ticker": ticker, "action": "buy", "quantity": "1", "price": str(quote["price"])}
+            headers = {"Authorization": f"Bearer {traders[number].key}", "Connection": "close"}
+            answer = requests.post(f"{crowd.url}/api/v1/trade", json=order, headers=headers, timeout=60)
+            in_time = datetime.now(UTC) < moment(quote["valid_until"])
+            if answer.status_code == 200:
+                trades.append(exact(answer))
+            if in_time:
+                (honoured if answer.status_code == 200 else refused).append(answer.text)
+            time.sleep(0.22)
+
+    at_once(len(traders), trade)
+    assert refused == []
+    assert len(honoured) >= 200
+    rows = live_database.run(
+        "SELECT timestamp, valid_until, price FROM ibkr_quotes WHERE ticker = :ticker ORDER BY number",
+        ticker=ticker,
+    )
+    assert len(rows) >= 3
+    assert len(set(seen)) <= len(rows)
+    for (_, end, _), (start, _, _) in itertools.pairwise(sorted(set(seen))):
+        assert moment(start) >= moment(end), "Two quotes held at the same time."
+    for trade in trades:
+        in_force = [q for q in set(seen) if moment(q[0]) <= moment(trade["timestamp"]) < moment(q[1])]
+        if in_force:  # Else it was made at a quote that nobody else was told of.
+            assert [trade["market_price"]] == [price for _, _, price in in_force]
+
+
+def test_two_hundred_who_wait_for_yahoo_hold_up_nobody_else(crowd, market):
+    alice, tickers = crowd.trader(), [new_ticker() for _ in range(200)]
+    market.yahoo_default("5")
+    at_once(30, lambda number: get(crowd, alice, f"/api/v1/price/W{number}"))  # Every process is warm.
+    market.hang_all()
+    begun, seconds = time.monotonic(), []
+    with ThreadPoolExecutor(len(tickers)) as threads:
+        waiting = [threads.submit(get, crowd, alice, f"/api/v1/price/{ticker}") for ticker in tickers]
+        while not all(question.done() for question in waiting):
+            for path in ("/health", "/api/v1/balance"):
+                started = time.monotonic()
+                assert get(crowd, alice, path).status_code == 200
+                seconds.append(time.monotonic() - started)
+    assert {refusal(question.result()) for question in waiting} == {(503, "price_unavailable")}
+    assert 2 <= time.monotonic() - begun < 10
+    assert len(seconds) > 4
+    assert max(seconds) < 1
+
+
+TWENTY_THOUSAND_UNKNOWN_TICKERS = """
+import gc, json, random, string, psutil
+from app import app
+from models import Quote, Refused
+from pricing import LiveMarket, NoSuchTicker, Source
+
+class Nobody(Source):
+    name = "nobody"
+    def ask(self, ticker):
+        raise NoSuchTicker
+
+Quote.recall = lambda ticker: None  # The database is not what is measured.
+market = LiveMarket(app, [Nobody()], 180)
+
+def ask(count):
+    for _ in range(count):
+        ticker = "".join(random.choices(string.ascii_uppercase, k=20))
+        try:
+            market.quote(ticker)
+        except Refused as refusal:
+            assert refusal.code == "unknown_ticker"
+
+def megabytes():
+    gc.collect()
+    return psutil.Process().memory_info().rss / 2**20
+
+ask(200)
+before = megabytes()
+ask(20_000)
+grown = megabytes() - before
+print(json.dumps({"grown": grown, "remembered": len(market.unknown), "left": len(market.asking)}))
+"""
+
+
+def test_twenty_thousand_unknown_tickers_do_not_fill_the_memory(run, database_of_bot):
+    done = run("-c", TWENTY_THOUSAND_UNKNOWN_TICKERS, DATABASE_URL=database_of_bot.url, PRICE_SOURCES="yahoo")
+    assert done.returncode == 0, done.stderr
+    memory = json.loads(done.stdout)
+    assert memory["grown"] < 32
+    assert memory["remembered"] <= 5_000
+    assert memory["left"] == 0
+
+
+# Live and recorded prices never meet
+
+
+def test_a_database_belongs_to_one_market_for_ever(run, program, server, crowd, live_server, database):
+    server.trader()
+    for kind, url, sources, other in (
+        ("sample", database.url, "yahoo", "live"),
+        ("live", crowd.database_url, "sample", "sample"),
+    ):
+        done = run(program / "app.py", DATABASE_URL=url, PRICE_SOURCES=sources, PORT=free_port())
+        assert done.returncode == 1
+        sentence = f"This database holds {kind} prices and this server serves {other} ones; "
+        assert (done.stdout, done.stderr) == ("", f"{sentence}give each its own DATABASE_URL.\n")
+    with live_server(database, workers=1) as wrong:
+        response = requests.get(f"{wrong.url}/api/v1/balance", timeout=10)
+        assert refusal(response) == (503, "price_unavailable")
+        assert "holds sample prices" in response.json()["detail"]
+
+
+# python app.py
+
+
+def by_hand(program, stand_in) -> Server:
+    """`python app.py` with no settings at all: prices from wherever they can be had."""
+    settings = stand_in.environment | {"PRICE_SOURCES": "", "ADMIN_API_KEY": ""}
+    command = ["sh", "-c", f"cd {program} && exec {sys.executable} app.py"]
+    return Server("", command=command, **settings)
+
+
+def ask_by_hand(server, ticker) -> dict:
+    headers = {"Authorization": "Bearer test-api-key-123"}
+    return exact(requests.get(f"{server.url}/api/v1/price/{ticker}", headers=headers, timeout=20))
+
+
+def test_python_app_py_serves_live_prices_where_yahoo_can_be_reached(program, market):
+    market.yahoo("AAPL", "189.84")
+    with by_hand(program, market) as server:
+        quote = ask_by_hand(server, "aapl")
+        assert (quote["price"], quote["source"]) == (Decimal("189.84"), "yahoo_finance")
+        assert [line.partition(" on ")[0] for line in server.log().splitlines()] == [
+            "Serving yahoo, alphavantage prices"
+        ]
+    assert (program / "instance" / "simulator.db").exists()
+
+
+def test_python_app_py_serves_the_sample_where_yahoo_does_not_answer(program, market):
+    market.hang_all()
+    started = time.monotonic()
+    with by_hand(program, market) as server:
+        assert time.monotonic() - started < 15
+        assert ask_by_hand(server, "AAPL")["source"] == "sample"
+        first, second = server.log().splitlines()
+        assert first == "Yahoo Finance cannot be reached: serving the recorded sample market instead."
+        assert second.startswith("Serving sample prices on ")
+    assert (program / "instance" / "sample.db").exists()
