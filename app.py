@@ -101,7 +101,7 @@ def setting(name: str, default: str | None, checked=str):
     try:
         return text and checked(text)
     except (ValueError, ArithmeticError) as error:
-        raise SystemExit(f"{name}={text} cannot be used: {error}") from None
+        raise SystemExit(f"{name} cannot be used: {error}") from None  # Its value may hold a password.
 
 
 def checked_number(low: int, high: int):
@@ -180,16 +180,20 @@ class Simulator(Flask):
             try:
                 admit()
                 return super().dispatch_request()
-            except (DBAPIError, QuoteExpired, OutcomeUnknown) as error:
+            except (DBAPIError, QuoteExpired, OutcomeUnknown, Refused) as error:
                 unknown = unknown or (isinstance(error, OutcomeUnknown) and error)
                 over = attempt == self.TRIES or time.monotonic() > deadline
                 if over or not is_passing(error):
-                    raise (unknown or error) from error
+                    if unknown:
+                        raise unknown from error
+                    raise
             time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
 
 
 def is_passing(error: Exception) -> bool:
     """Whether the same request may well succeed a moment later, and does no harm if it is made twice."""
+    if isinstance(error, Refused):
+        return False
     if isinstance(error, OutcomeUnknown):
         return request.endpoint == "trade"  # Which looks its key up first. Nothing else has one.
     if isinstance(error, QuoteExpired):
@@ -221,10 +225,11 @@ app.json = ExactJSON(app)
 app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
 app.config["SQLALCHEMY_DATABASE_URI"] = DATABASE_URL
-app.config["SQLALCHEMY_ENGINE_OPTIONS"] = (
+ENGINE = (
     {"connect_args": {"timeout": 15}}
     if DATABASE_URL.startswith("sqlite")
     else {
+        "max_overflow": 5,
         "pool_timeout": 3,
         "connect_args": {
             "connect_timeout": 2,
@@ -233,6 +238,8 @@ app.config["SQLALCHEMY_ENGINE_OPTIONS"] = (
         },
     }
 )
+app.config["SQLALCHEMY_ENGINE_OPTIONS"] = ENGINE
+app.config["SQLALCHEMY_BINDS"] = {"reading": ENGINE | {"url": DATABASE_URL, "isolation_level": "AUTOCOMMIT"}}
 db.init_app(app)
 Migrate(app, db)
 
@@ -337,8 +344,8 @@ def database_unavailable(error: Exception) -> Response:
 def outcome_unknown(error: OutcomeUnknown) -> Response:
     return problem(
         "outcome_unknown",
-        "The connection to the database broke while the trade was being booked; ask again with the "
-        "same Idempotency-Key, or look into your trades.",
+        "The connection to the database broke while this was being written. A trade can be sent again "
+        "with its Idempotency-Key; for all else look first what has happened.",
     )
 
 
@@ -373,8 +380,7 @@ def admit() -> None:
         g.user_id = user.id
         g.controls = Controls(user.market_clock, user.pin_changes)
         if user.pin_changes:
-            pins = {pin.ticker: pin.price for pin in Pin.of(user.id)}
-            g.controls = replace(g.controls, pins=pins)
+            g.controls = replace(g.controls, pins=Pin.in_force(user.id))
 
 
 @cache
@@ -571,24 +577,24 @@ def trade():
     `Idempotency-Key` an order is safe to send again: it is booked once, and answered the same.
     """
     order, options, key, fault = read(Order), query(TradeOptions), idempotency_key(), drilled_fault()
-    if key and (earlier := Trade.with_key(g.user_id, key)):
+    if key and not options.dry_run and (earlier := Trade.with_key(g.user_id, key)):
         return replay(earlier, order)  # It needs no price, and works while there is none.
 
     quote = market.quote(order.ticker, g.controls)  # Before the lock: no locked row waits for Yahoo.
     with Account.locked(g.user_id) as account:
-        if earlier := account.trade_with_key(key or g.own_key):
+        if not options.dry_run and (earlier := account.trade_with_key(key or g.own_key)):
             return replay(earlier, order)
         holding = account.holding(order.ticker)
-        trade = account.fill(order, quote, holding, COSTS)
-        if options.dry_run:
-            return trade.to_dict() | {"dry_run": True}
-        account.record(trade, holding, key or g.own_key)
+        booked = account.fill(order, quote, holding, COSTS)
         if fault == "error_before_commit":
             raise Refused("database_unavailable", "A drill: this trade failed and was not booked.")
+        if options.dry_run:
+            return booked.to_dict() | {"dry_run": True}
+        account.record(booked, holding, key or g.own_key)
     if fault == "error_after_commit":
         raise Refused("outcome_unknown", "A drill: the answer to this trade was lost. Was it booked?")
-    app.logger.info("trade %s: user %s %s", trade.id, g.user_id, order)
-    return trade.to_dict()
+    app.logger.info("trade %s: user %s %s", booked.id, g.user_id, order)
+    return booked.to_dict()
 
 
 def replay(earlier: Trade, order: Order):
@@ -610,8 +616,11 @@ def trades():
     Follow `next_cursor` until it is `null`: nothing is skipped or repeated, whoever trades meanwhile.
     """
     page = query(Page)
-    if page.cursor and not Trade.of(g.user_id, page.cursor):
-        raise invalid([{"field": "cursor", "message": "must be the `next_cursor` of a page of yours"}])
+    if page.cursor:
+        last = Trade.of(g.user_id, page.cursor)
+        if last is None:
+            raise invalid([{"field": "cursor", "message": "must be the `next_cursor` of a page of yours"}])
+        page.run = page.run or last.run  # The run that the first page was of, if a new one began since.
     rows = Trade.page(g.user_id, **page.model_dump(exclude={"limit"}), limit=page.limit + 1)
     shown = rows[: page.limit]
     return {
@@ -624,6 +633,7 @@ def trades():
 def trades_csv():
     """All your trades that pass the filters, newest first, as CSV."""
     filters = query(Filters).model_dump()
+    filters["run"] = filters["run"] or Account.with_holdings(g.user_id)[0].run  # One run from end to end.
 
     def lines() -> Iterator[str]:
         cursor, size = None, 1000
@@ -658,9 +668,9 @@ def reset():
     The key stays, and so do the trades of earlier runs.
     """
     query(NoOptions)
-    start = read(Reset) if request.content_length else Reset()
+    start = read(Reset) if body() else Reset()
     with Account.locked(g.user_id) as account:
-        account.start_over(start.cash, market.time(g.controls))
+        account.start_over(start.cash, market.time(replace(g.controls, clock=account.market_clock)))
     return {"user_id": g.user_id, "run": account.run, "cash_balance": account.cash_balance}
 
 
@@ -754,7 +764,6 @@ def market_now(account: Account | None = None):
     controls = g.controls
     if account:
         controls = replace(controls, clock=account.market_clock)
-    pins = {pin.ticker: pin.price for pin in Pin.of(g.user_id)}
     return {
         "source": market.name,
         "clock": "manual" if controls.clock else "wall",
@@ -762,7 +771,7 @@ def market_now(account: Account | None = None):
         "first_bar": iso(market.bars[0]),
         "last_bar": iso(market.bars[-1]),
         "tickers": sorted(market.closes),
-        "pins": {ticker: price for ticker, price in sorted(pins.items()) if price},
+        "pins": Pin.in_force(g.user_id),
     }
 
 
@@ -796,7 +805,7 @@ def advance():
     """Move your stopped clock on by some bars; past the last one it does not go."""
     query(NoOptions)
     need_sample_market()
-    bars = (read(Advance) if request.content_length else Advance()).bars
+    bars = (read(Advance) if body() else Advance()).bars
     with Account.locked(g.user_id) as account:
         if account.market_clock is None:
             raise Refused("clock_is_running", "Stop the clock first: PUT /api/v1/market/clock.")
@@ -848,14 +857,14 @@ def accounts():
     return {"users": [User.to_dict(user) for user in User.all()]}
 
 
-@app.post("/api/v1/users/<int:user_id>/rotate-key")
+@app.post("/api/v1/users/<int(max=9223372036854775807):user_id>/rotate-key")
 def new_key(user_id: int):
     """Give an account a new API key, answered this once; the old one is refused from now on."""
     query(NoOptions)
     return {"user_id": user_id, "api_key": User.rotate_key(user_id)}
 
 
-@app.delete("/api/v1/users/<int:user_id>")
+@app.delete("/api/v1/users/<int(max=9223372036854775807):user_id>")
 def close_account(user_id: int):
     """Close an account: its key is refused from now on, its trades stay."""
     query(NoOptions)

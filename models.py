@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal, DefaultContext, setcontext
 from typing import Annotated, Literal
 
 import psycopg2.extensions
@@ -44,13 +44,15 @@ ACCOUNT_LIMIT = Decimal(90_000_000_000)
 SQLite keeps amounts as integers of 10^-8, and 9.22e18 is the largest integer that it has.
 """
 
-EXACT = Context(prec=60)
-"""Two amounts multiply to 38 digits; the 28 of Python's default context would round them away."""
+DefaultContext.prec = 60
+setcontext(DefaultContext)
+"""Two amounts multiply to 38 digits, and Python's 28 would round some away. Every thread that begins
+after this line takes its precision from `DefaultContext`."""
 
 
 def rounded(amount: Decimal, rounding: str = ROUND_HALF_EVEN) -> Decimal:
     """`amount` to 8 decimals."""
-    return amount.quantize(UNIT, rounding, EXACT)
+    return amount.quantize(UNIT, rounding)
 
 
 def value_of(quantity: Decimal, price: Decimal, rounding: str = ROUND_FLOOR) -> Decimal:
@@ -58,14 +60,14 @@ def value_of(quantity: Decimal, price: Decimal, rounding: str = ROUND_FLOOR) -> 
 
     Rounded down it is what a sale brings, rounded up what a purchase costs: rounding never makes money.
     """
-    return rounded(EXACT.multiply(quantity, price), rounding)
+    return rounded(quantity * price, rounding)
 
 
 def percent(part: Decimal, whole: Decimal) -> Decimal | None:
     """`part` of `whole` in percent, to 2 decimals; of nothing there is no percentage."""
     if not whole:
         return None
-    return EXACT.divide(part * 100, whole).quantize(Decimal("0.01"), ROUND_HALF_EVEN, EXACT)
+    return (part * 100 / whole).quantize(Decimal("0.01"), ROUND_HALF_EVEN)
 
 
 def plain(number: Decimal) -> str:
@@ -89,7 +91,8 @@ def iso(moment: datetime | None) -> str | None:
 def moment_from(text: str) -> datetime:
     """The moment in an RFC 3339 text such as `2012-06-01T00:00:00Z`, in UTC; else ValueError."""
     if not isinstance(text, str) or not re.fullmatch(
-        r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9:.]+([Zz]|[+-][0-9]{2}:[0-9]{2})", text
+        r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})",
+        text,
     ):
         raise ValueError("must be a time such as 2012-06-01T00:00:00Z")
     try:
@@ -114,7 +117,7 @@ class ExactDecimal(sa.types.TypeDecorator):
     def process_bind_param(self, value, dialect):
         if value is None or dialect.name != "sqlite":
             return value
-        return int(value.scaleb(8, EXACT))
+        return int(value.scaleb(8))
 
     def process_literal_param(self, value, dialect):
         return str(self.process_bind_param(value, dialect))
@@ -122,7 +125,7 @@ class ExactDecimal(sa.types.TypeDecorator):
     def process_result_value(self, value, dialect):
         if value is None or dialect.name != "sqlite":
             return value
-        return Decimal(value).scaleb(-8, EXACT)
+        return Decimal(value).scaleb(-8)
 
 
 class UtcDateTime(sa.types.TypeDecorator):
@@ -194,10 +197,10 @@ def begin_sqlite(connection):
 
     Left to itself the driver begins late and deferred, and two that want to write then both fail.
     """
-    options = connection.get_execution_options()
-    if connection.dialect.name == "sqlite" and options.get("isolation_level") != "AUTOCOMMIT":
+    if connection.dialect.name == "sqlite" and connection.engine is db.engine:
         connection.connection.dbapi_connection.isolation_level = None
-        connection.exec_driver_sql("BEGIN" if options.get("read_only") else "BEGIN IMMEDIATE")
+        read_only = connection.get_execution_options().get("read_only")
+        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
 ANSWER_SECONDS = 6
@@ -211,9 +214,10 @@ def wait_for_postgres(connection) -> None:
     this whenever it waits, and closes the connection when an exception leaves it.
     """
     while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
-        waits = [connection] if state == psycopg2.extensions.POLL_READ else []
-        sends = [connection] if state == psycopg2.extensions.POLL_WRITE else []
-        if not any(select.select(waits, sends, [], ANSWER_SECONDS)):
+        reads = state == psycopg2.extensions.POLL_READ
+        socket = select.poll()
+        socket.register(connection, select.POLLIN if reads else select.POLLOUT)
+        if not socket.poll(ANSWER_SECONDS * 1000):
             raise psycopg2.OperationalError(f"PostgreSQL was silent for {ANSWER_SECONDS} seconds.")
 
 
@@ -221,8 +225,29 @@ psycopg2.extensions.set_wait_callback(wait_for_postgres)
 
 
 def reading() -> sa.Connection:
-    """A connection for single statements: each sees one moment, and none needs a transaction."""
-    return db.engine.execution_options(isolation_level="AUTOCOMMIT").connect()
+    """A connection for single statements: each sees one moment, and none needs a transaction.
+
+    It comes from an engine that is in AUTOCOMMIT for ever. To switch a connection back and forth, as
+    `execution_options` does, loses it from the pool when the database goes away at that moment.
+    """
+    return db.engines["reading"].connect()
+
+
+class OutcomeUnknown(Exception):
+    """The connection was lost while COMMIT was under way: it may have happened, or not."""
+
+
+@contextmanager
+def transaction():
+    """A connection whose statements all happen, when the block ends, or, on any exception, not one."""
+    with db.engine.connect() as connection, connection.begin() as transaction:
+        yield connection
+        try:
+            transaction.commit()
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise OutcomeUnknown from error
+            raise
 
 
 # ------------------------------------------------------------------------------------------- Orders
@@ -343,7 +368,7 @@ class User(db.Model):
         """Make a user and the balance, both or neither, and answer the id and the API key."""
         api_key = api_key or secrets.token_urlsafe(32)
         try:
-            with db.engine.begin() as connection:
+            with transaction() as connection:
                 user_id = connection.scalar(
                     sa.insert(cls).returning(cls.id),
                     {"email": email, "api_key_hash": cls.hash(api_key), "created_at": now()},
@@ -394,7 +419,7 @@ class User(db.Model):
 
     @classmethod
     def change(cls, user_id: int, **values) -> None:
-        with db.engine.begin() as connection:
+        with transaction() as connection:
             is_open = (cls.id == user_id) & cls.closed_at.is_(None)
             if not connection.execute(sa.update(cls).where(is_open).values(values)).rowcount:
                 raise Refused("not_found", f"There is no open account with the id {user_id}.")
@@ -425,20 +450,20 @@ class Holding(db.Model):
 
     def add(self, quantity: Decimal, cost: Decimal) -> None:
         """Put `quantity` in, which cost `cost` dollars, commission included."""
-        self.quantity += quantity
-        self.cost_basis += cost
-        if max(self.quantity, self.cost_basis) >= ACCOUNT_LIMIT:
+        if max(self.quantity + quantity, self.cost_basis + cost) >= ACCOUNT_LIMIT:
             raise Refused(
                 "limit_exceeded",
                 f"A holding stays below {ACCOUNT_LIMIT} shares and dollars of cost.",
                 limit=ACCOUNT_LIMIT,
             )
+        self.quantity += quantity
+        self.cost_basis += cost
 
     def remove(self, quantity: Decimal) -> Decimal:
         """Take `quantity` out and answer its share of the cost; the last share takes all that is left."""
         cost = self.cost_basis
         if quantity < self.quantity:
-            cost = rounded(EXACT.divide(EXACT.multiply(cost, quantity), self.quantity))
+            cost = rounded(cost * quantity / self.quantity)
         self.quantity -= quantity
         self.cost_basis -= cost
         return cost
@@ -450,7 +475,7 @@ class Holding(db.Model):
         return {
             "ticker": self.ticker,
             "quantity": self.quantity,
-            "average_price": rounded(EXACT.divide(self.cost_basis, self.quantity)),
+            "average_price": rounded(self.cost_basis / self.quantity),
             "cost_basis": self.cost_basis,
             "current_price": quote and quote.price,
             "market_value": value,
@@ -626,6 +651,14 @@ class Pin(db.Model):
     created_at: Mapped[Time]
 
     @classmethod
+    def in_force(cls, user_id: int) -> dict[str, Decimal]:
+        """The prices that the user has pinned now, by ticker."""
+        last = sa.select(sa.func.max(cls.id)).where(cls.user_id == user_id).group_by(cls.ticker)
+        pins = sa.select(cls.ticker, cls.price).where(cls.id.in_(last), cls.price.is_not(None))
+        with reading() as connection:
+            return {pin.ticker: pin.price for pin in connection.execute(pins.order_by(cls.ticker))}
+
+    @classmethod
     def of(cls, user_id: int) -> Sequence[sa.Row]:
         """Every pin that the user has set or let go, the oldest first."""
         with reading() as connection:
@@ -654,12 +687,12 @@ class Costs:
 
     def commission(self, total: Decimal) -> Decimal:
         """Dollars for a trade of `total` dollars, rounded up."""
-        share = EXACT.multiply(total, self.commission_bps) / 10_000
+        share = total * self.commission_bps / 10_000
         return rounded(max(share, self.commission_min), ROUND_CEILING)
 
     def slipped(self, action: str, price: Decimal) -> Decimal:
         """What a market order gets at a market price of `price`: a little worse, rounded against it."""
-        slip = EXACT.multiply(price, self.slippage_bps) / 10_000
+        slip = price * self.slippage_bps / 10_000
         if action == "buy":
             return rounded(price + slip, ROUND_CEILING)
         return max(rounded(price - slip, ROUND_FLOOR), UNIT)
@@ -884,12 +917,11 @@ class Account(db.Model):
         The account's row is locked first and read after that, so whoever comes second waits and then
         sees what the first one did. Leaving the block commits; an exception on the way undoes it all.
         """
-        with db.engine.connect() as connection, connection.begin() as transaction:
+        with transaction() as connection:
             row = connection.execute(LOCK_ACCOUNT, {"user_id": user_id}).one()
             account = cls(**row._mapping)
             account.connection = connection
             yield account
-            commit(transaction)
 
     @classmethod
     def with_holdings(cls, user_id: int) -> tuple["Account", list[sa.Row]]:
@@ -908,6 +940,7 @@ class Account(db.Model):
         The realised profit follows from the books' equation, and so needs no look at the trades. A
         holding is worth what selling it would bring.
         """
+        quotes = {ticker: quote for ticker, quote in quotes.items() if quote.is_in_dollars}
         rows = [Holding.to_dict(holding, quotes.get(holding.ticker)) for holding in holdings]
         cost = sum((row["cost_basis"] for row in rows), Decimal(0))
         realized = self.cash_balance + cost - self.starting_cash
@@ -988,19 +1021,6 @@ class QuoteExpired(Exception):
     """The quote stopped holding while the trade waited for its lock; ask for the price again."""
 
 
-class OutcomeUnknown(Exception):
-    """The connection was lost while COMMIT was under way: it may have happened, or not."""
-
-
-def commit(transaction: sa.RootTransaction) -> None:
-    try:
-        transaction.commit()
-    except DBAPIError as error:
-        if error.connection_invalidated:
-            raise OutcomeUnknown from error
-        raise
-
-
 # ------------------------------------------------------------------------------------- The results
 
 
@@ -1015,10 +1035,9 @@ class Books:
 
     @classmethod
     def of(cls, user_id: int) -> "Books":
-        options = {"read_only": True}
-        if db.engine.dialect.name != "sqlite":  # Where each statement would see a moment of its own.
-            options = {"isolation_level": "REPEATABLE READ"}
-        with db.engine.connect().execution_options(**options) as connection:
+        with db.engine.connect().execution_options(read_only=True) as connection:
+            if connection.dialect.name != "sqlite":  # Where each statement would see a moment of its own.
+                connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             own = {"user_id": user_id}
             account = connection.execute(sa.select(Account.__table__).filter_by(**own)).one()
             holdings = connection.execute(sa.select(Holding.__table__).filter_by(**own)).all()
@@ -1035,7 +1054,10 @@ class Books:
         Answers `{"ok", "trades", "differences"}`, with a sentence for each difference. Every run begins
         with its starting cash and no holdings, and must end with what the account says that it had.
         """
-        differences = []
+        differences = [
+            f"{len(self.trades[run])} trades are of run {run}, which this account has not had."
+            for run in self.trades.keys() - self.runs.keys()
+        ]
 
         def compare(what: str, booked, replayed) -> None:
             if booked != replayed:
@@ -1106,7 +1128,7 @@ class Books:
         for point in points:
             if point["equity"] is not None and peak:
                 peak = max(peak, point["equity"])
-                drawdown = max(drawdown, EXACT.divide(peak - point["equity"], peak))
+                drawdown = max(drawdown, (peak - point["equity"]) / peak)
         sales = [trade.realized_pnl for trade in trades if trade.trade_type == "sell"]
         profits = sum((sale for sale in sales if sale > 0), Decimal(0))
         losses = -sum((sale for sale in sales if sale < 0), Decimal(0))
@@ -1121,7 +1143,7 @@ class Books:
                 "trades": len(trades),
                 "realized_pnl": sum(sales, Decimal(0)),
                 "win_rate_percent": percent(Decimal(sum(s > 0 for s in sales)), Decimal(len(sales))),
-                "profit_factor": rounded(EXACT.divide(profits, losses)) if losses else None,
+                "profit_factor": rounded(profits / losses) if losses else None,
                 "commission": sum((trade.commission for trade in trades), Decimal(0)),
             },
         }

@@ -542,15 +542,15 @@ class SampleMarket:
         """The bar that comes `count` bars after `bar`, or the last one."""
         return self.bars[min(bisect_right(self.bars, bar) - 1 + count, len(self.bars) - 1)]
 
-    def time(self, controls: Controls = WALL_CLOCK) -> datetime:
+    def time(self, controls: Controls = WALL_CLOCK, moment: datetime | None = None) -> datetime:
         """The market's time: the account's stopped clock, or the bar that the wall clock shows."""
-        minute = int(time.time()) // BAR_SECONDS
+        minute = int((moment or now()).timestamp()) // BAR_SECONDS
         return controls.clock or self.bars[minute % len(self.bars)]
 
     def quote(self, ticker: str, controls: Controls = WALL_CLOCK) -> Quote:
         """The price of `ticker` in dollars at the account's clock, or what the account pinned it at."""
         minute = now().replace(second=0, microsecond=0)
-        market_time = self.time(controls)
+        market_time = self.time(controls, minute)
         price = controls.pins.get(ticker) or self.price(ticker, market_time)
         if price is None:
             raise no_such_ticker(ticker)

@@ -108,7 +108,7 @@ def test_a_wrong_order_is_refused_with_the_field_that_is_wrong(carol, order):
 
 def test_the_numbers_of_json_are_refused_by_their_value(carol):
     for number in ("1e400", "-1e400", "1e-400", "-0", "9" * 5000, "0." + "1" * 5000, "1e10", "0.1e-8"):
-        body = '{"ticker":"AAPL","action":"buy","quantity":%s}' % number
+        body = '{"ticker":"AAPL","action":"buy","quantity":' + number + "}"
         response = carol.ask("POST", "/api/v1/trade", data=body, headers=JSON)
         assert refused(response, 400)["errors"][0]["field"] == "quantity"
 

@@ -227,3 +227,40 @@ def test_a_file_of_ones_own_is_replayed(new_database, tmp_path):
         assert alice.get("/api/v1/price/xyz")["code"] == "unknown_ticker"
         advance(alice)
         assert alice.get("/api/v1/price/xyz")["price"] == Decimal("0.00000001")
+
+
+# What was once wrong
+
+
+def test_a_body_in_chunks_is_read_like_any_other(alice):
+    def chunks():
+        yield b'{"cash"'
+        yield b": 5}"
+
+    path = "/api/v1/account/reset"
+    answer = alice.ask("POST", path, data=chunks(), headers={"Content-Type": "application/json"})
+    assert exact(answer)["cash_balance"] == 5
+
+
+def test_a_rehearsal_takes_no_notice_of_a_key_that_was_used(alice):
+    alice.sees("AAPL", at=1).buys(1, "AAPL", key="k")
+    rehearsal = alice.buys(1, "AAPL", key="k", params={"dry_run": "true"})
+    assert (rehearsal["id"], rehearsal["dry_run"]) == (None, True)
+
+
+def test_pages_of_a_run_go_on_when_a_new_one_begins(alice):
+    alice.sees("AAPL", at=1)
+    first, _ = alice.buys(1, "AAPL"), alice.buys(1, "AAPL")
+    cursor = alice.get("/api/v1/trades", limit=1)["next_cursor"]
+    alice.ask("POST", "/api/v1/account/reset")
+    assert [trade["id"] for trade in alice.get("/api/v1/trades", cursor=cursor)["trades"]] == [first["id"]]
+
+
+def test_digits_beyond_pythons_default_precision_stay_exact(server):
+    alice = server.trader(cash="89999999999.99999999").sees("AAPL", at="0.00000001")
+    alice.buys("9999999999.99999999", "AAPL")
+    alice.sees("AAPL", at="9999999999.99999999")
+    portfolio = alice.portfolio
+    assert portfolio["market_value"] == Decimal("99999999999999999800")
+    assert portfolio["unrealized_pnl"] == Decimal("99999999999999999700")
+    assert portfolio["equity"] == Decimal("100000000089999999699.99999999")
