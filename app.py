@@ -239,7 +239,8 @@ ENGINE = (
     }
 )
 app.config["SQLALCHEMY_ENGINE_OPTIONS"] = ENGINE
-app.config["SQLALCHEMY_BINDS"] = {"reading": ENGINE | {"url": DATABASE_URL, "isolation_level": "AUTOCOMMIT"}}
+AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT", "execution_options": {"autocommit": True}}
+app.config["SQLALCHEMY_BINDS"] = {"reading": ENGINE | AUTOCOMMIT | {"url": DATABASE_URL}}
 db.init_app(app)
 Migrate(app, db)
 

@@ -197,10 +197,10 @@ def begin_sqlite(connection):
 
     Left to itself the driver begins late and deferred, and two that want to write then both fail.
     """
-    if connection.dialect.name == "sqlite" and connection.engine is db.engine:
+    options = connection.get_execution_options()
+    if connection.dialect.name == "sqlite" and not options.get("autocommit"):
         connection.connection.dbapi_connection.isolation_level = None
-        read_only = connection.get_execution_options().get("read_only")
-        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+        connection.exec_driver_sql("BEGIN" if options.get("read_only") else "BEGIN IMMEDIATE")
 
 
 ANSWER_SECONDS = 6

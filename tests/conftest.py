@@ -66,7 +66,8 @@ class Server:
         options = ["--bind", f"127.0.0.1:{self.port}", "--workers", str(workers), "--threads", str(threads)]
         self.command = command or [
             *(sys.executable, "-m", "gunicorn", "app:app", "--worker-class", "gthread"),
-            *("--no-control-socket", "--log-level", "warning", "--graceful-timeout", "5", *options),
+            *("--no-control-socket", "--log-level", "warning", "--graceful-timeout", "5"),
+            *("--keep-alive", "60", *options),
         ]
         self.folder = ROOT
         self.output = tempfile.TemporaryFile("w+")
@@ -87,6 +88,7 @@ class Server:
                 return self
             except (requests.ConnectionError, requests.Timeout):
                 time.sleep(0.05)
+        self.stop()
         raise RuntimeError(f"The server did not start:\n{self.log()}")
 
     def stop(self) -> None:
@@ -128,6 +130,8 @@ class Trader:
         self.server, self.email, self.key, self.user_id = server, email, key, user_id
         self.session = requests.Session()
         self.session.headers["Authorization"] = f"Bearer {key}"
+        # A server may close a connection that it keeps alive, after a 413 say; a GET is then sent again.
+        self.session.mount("http://", requests.adapters.HTTPAdapter(max_retries=2))
 
     def ask(self, method: str, path: str, **options) -> requests.Response:
         return self.session.request(method, f"{self.server.url}{path}", timeout=60, **options)

@@ -1,0 +1,386 @@
+"""How fast the simulator is, beside what one would otherwise use and beside the limit.
+
+    apt-get install wrk
+    .venv/bin/pip install -r requirements-dev.txt -r bench/requirements.txt
+    .venv/bin/python bench/compare.py [--quick]
+
+A PostgreSQL of its own, a copy of the same books for each contender: this app under gunicorn (the Procfile's
+command) and under granian, the FastAPI twin (`twin.py`), and pgbench with the very statements of a trade,
+which is what PostgreSQL itself can do. wrk loads one after the other, in rounds; medians are compared.
+Only the ratios mean something: server, database and load share the machine's processors.
+"""
+
+import argparse
+import json
+import os
+import re
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+
+import psutil
+import requests
+import sqlalchemy as sa
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+
+from conftest import Server, flask  # noqa: E402
+from postgres import PostgresServer  # noqa: E402
+
+import models  # noqa: E402
+
+CLIENTS, USERS, HOLDINGS, WORKERS = 16, 1000, 20, 2
+WIDE = {10: USERS + 1, 100: USERS + 2, 1000: USERS + 3}  # The accounts with so many holdings.
+LONG = {1_000: USERS + 4, 100_000: USERS + 5, 1_000_000: USERS + 6}  # And with so many trades.
+PRICE, QUANTITY = Decimal("100.25"), Decimal(1000)
+
+BIN = Path(sys.executable).parent
+PROCFILE = re.search("^web: gunicorn app:app (.*)$", (HERE.parent / "Procfile").read_text(), re.M)[1]
+GUNICORN = [BIN / "gunicorn", "app:app", "--bind", "127.0.0.1:PORT", "--log-level", "warning"]
+SERVERS = {
+    "app": [*GUNICORN, *PROCFILE.split(), "--workers", WORKERS],
+    "granian": [
+        *(BIN / "granian", "app:app", "--interface", "wsgi", "--port", "PORT", "--log-level", "warning"),
+        *("--workers", WORKERS, "--blocking-threads", 8),
+    ],
+    "twin": [
+        *(BIN / "uvicorn", "twin:app", "--app-dir", HERE, "--port", "PORT", "--log-level", "warning"),
+        *("--workers", WORKERS, "--no-access-log"),
+    ],
+}
+WORKER_CLASSES = {
+    "sync": ["--worker-class", "sync"],
+    **{f"gthread, {n} threads": ["--worker-class", "gthread", "--threads", n] for n in (4, 8, 16)},
+}
+MANY, HOT = ("TRADE", 1, USERS), ("TRADE", 1, 1)  # What is asked, the first account and how many.
+TASKS = {
+    "trade, many users": MANY,
+    "trade, one hot account": HOT,
+    "balance": ("/api/v1/balance", 1, USERS),
+    "price from the cache": ("/api/v1/price/T0007", 1, USERS),
+    "health": ("/health", 1, USERS),
+    f"portfolio of {HOLDINGS}": ("/api/v1/portfolio", 1, USERS),
+    **{f"portfolio of {n}": ("/api/v1/portfolio", user, 1) for n, user in WIDE.items()},
+}
+
+# All that the trade route sends to the database for a buy with an idempotency key, in this order.
+STATEMENTS = [
+    models.USER_WITH_KEY,
+    models.TRADE_WITH_KEY,
+    "BEGIN",
+    models.LOCK_ACCOUNT,
+    models.TRADE_WITH_KEY,
+    models.SELECT_HOLDING,
+    models.UPDATE_CASH,
+    models.UPDATE_HOLDING,
+    models.INSERT_TRADE,
+    "COMMIT",
+]
+
+
+def statements(driver: str) -> list[str]:
+    """`STATEMENTS` in SQL, with `:name` for each value."""
+    dialect = sa.make_url(f"{driver}://").get_dialect()(paramstyle="named")
+    compiled = (s if isinstance(s, str) else str(s.compile(dialect=dialect)) for s in STATEMENTS)
+    return [" ".join(statement.split()) for statement in compiled]
+
+
+def values(user, ticker: str, key: str, scale=1) -> dict:
+    """What those statements carry when `user` buys half a share. SQLite's amounts have a `scale` of 10^8."""
+    who = dict.fromkeys(("user_id", "owner"), user)
+    what = dict.fromkeys(("ticker", "of"), ticker) | dict.fromkeys(("key", "idempotency_key"), key)
+    kind = {"run": 1, "trade_type": "buy", "order_type": "limit", "price_source": "sample"}
+    prices = dict.fromkeys(("price", "market_price"), 100.25 * scale)
+    sums = {"total_amount": 50.125 * scale, "commission": 0, "realized_pnl": None}
+    holding = {"quantity": 1000.5 * scale, "cost_basis": 100300.125 * scale}
+    cash = dict.fromkeys(("cash", "cash_after"), 100199.875 * scale)
+    times = dict.fromkeys(("now", "created_at", "market_time"), "2026-01-01 12:00:00.123456")
+    return who | what | kind | prices | sums | holding | cash | times
+
+
+# --------------------------------------------------------------------------------------- The books
+
+
+def seed(url: str) -> None:
+    """Accounts 1 to 1,000 with 20 holdings each, the wide ones, and those for long histories."""
+    at = datetime.now(UTC)
+    cost = PRICE * QUANTITY
+    users, accounts, holdings, trades = [], [], [], []
+    for user in range(1, max(LONG.values()) + 1):
+        held = HOLDINGS if user <= USERS else next((n for n, u in WIDE.items() if u == user), 0)
+        start = cost * (held + 1)
+        email = f"user-{user}@example.com"
+        key_hash = models.User.hash(f"bench-key-{user}")
+        users.append({"id": user, "email": email, "api_key_hash": key_hash, "created_at": at})
+        own = {"user_id": user, "run": 1}
+        accounts.append(own | {"cash_balance": cost, "starting_cash": start, "updated_at": at})
+        for n in range(1, held + 1):
+            holding = {"user_id": user, "ticker": f"T{n:04}", "quantity": QUANTITY}
+            holdings.append(holding | {"cost_basis": cost, "updated_at": at})
+            order = {"trade_type": "buy", "order_type": "limit", "price": PRICE, "total_amount": cost}
+            market = {"market_price": PRICE, "price_source": "sample", "market_time": at, "created_at": at}
+            rest = {"commission": Decimal(0), "realized_pnl": None, "cash_after": start - n * cost}
+            trades.append(own | holding | order | market | rest | {"idempotency_key": f"seed {n}"})
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
+    with engine.begin() as connection:
+        for table, rows in zip(
+            (models.User, models.Account, models.Holding, models.Trade),
+            (users, accounts, holdings, trades),
+            strict=True,
+        ):
+            connection.execute(sa.insert(table), rows)
+    engine.dispose()
+
+
+def lengthen(url: str, user: int, trades: int) -> int:
+    """Give `user` so many trades, one share bought, one sold, and so on; answers the id of the first."""
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            """INSERT INTO ibkr_trades (user_id, run, ticker, trade_type, order_type, quantity, price,
+                total_amount, commission, realized_pnl, cash_after, market_price, price_source,
+                idempotency_key, market_time, created_at)
+            SELECT %(user)s, 1, 'T0001', CASE WHEN n %% 2 = 1 THEN 'buy' ELSE 'sell' END, 'limit', 1, 100.25,
+                100.25, 0, CASE WHEN n %% 2 = 0 THEN 0 END, 100250 - n %% 2 * 100.25, 100.25, 'sample',
+                'long ' || n, now(), now()
+            FROM generate_series(1, %(trades)s) n""",
+            {"user": user, "trades": trades},
+        )
+        oldest = connection.scalar(
+            sa.select(sa.func.min(models.Trade.id)).where(models.Trade.user_id == user)
+        )
+    engine.dispose()
+    return oldest
+
+
+# ------------------------------------------------------------------------------------- The contenders
+
+
+def serving(command: list, url: str, folder: Path, **settings) -> Server:
+    """A server that is not started yet; PORT in its command becomes its port."""
+    server = Server(url, **{"SAMPLE_MARKET": folder / "market.csv"} | settings)
+    server.command = [str(word).replace("PORT", str(server.port)) for word in command]
+    return server
+
+
+def finished(command: list, seconds: int, **environment) -> str:
+    """What `command` printed, which may take `seconds` and then some."""
+    done = subprocess.run(
+        list(map(str, command)),
+        env=os.environ | {name: str(value) for name, value in environment.items()},
+        capture_output=True,
+        text=True,
+        timeout=seconds + 60,
+    )
+    return (
+        done.stdout if done.returncode == 0 else sys.exit(f"{command[0]} failed: {done.stdout}{done.stderr}")
+    )
+
+
+def wrk(server: Server, task: tuple, seconds: float) -> float:
+    """Answers a second with 16 clients. Every answer must be a success."""
+    ask, first, users = task
+    command = ["wrk", "-t1", f"-c{CLIENTS}", f"-d{seconds}s", "--timeout", "10s", "-s", HERE / "load.lua"]
+    printed = finished([*command, server.url], seconds, ASK=ask, FIRST=first, USERS=users)
+    result = json.loads(re.search("RESULT (.*)", printed)[1])
+    if result["failed"]:
+        print(f"! {result['failed']} of {result['count']} failed: {ask} at {server.command[0]}", flush=True)
+    return result["count"] / result["seconds"]
+
+
+def pgbench(postgres: PostgresServer, database: str, task: tuple, seconds: float, folder: Path) -> float:
+    """Trades a second of PostgreSQL alone: the same statements, as text, as psycopg2 sends them."""
+    _, first, users = task
+    given = values(":user", "T00:n", ":a-:b") | {"hash": "sha256"}
+    literals = {
+        n: "NULL" if v is None else f"'{v}'" if isinstance(v, str) else str(v) for n, v in given.items()
+    }
+    literals["hash"] = "encode(sha256('bench-key-:user'), 'hex')"
+    literals["user_id"] = literals["owner"] = ":user"
+    lines = [f"\\set user random({first}, {first + users - 1})", f"\\set n random(10, {HOLDINGS})"]
+    lines += [f"\\set {name} random(1, 1000000000)" for name in "ab"]
+    for statement in statements("postgresql+psycopg2"):
+        lines.append(re.sub(":([a-z_]+)", lambda name: literals[name[1]], statement) + ";")
+    script = folder / "trade.sql"
+    script.write_text("\n".join(lines))
+    command = [postgres.binary("pgbench"), "-M", "simple", "-n", "-c", CLIENTS, "-T", seconds, "-f", script]
+    return float(re.search(r"tps = ([0-9.]+)", finished([*command, postgres.url(database)], seconds))[1])
+
+
+def raw_sqlite(path: Path, seconds: float) -> float:
+    """Trades a second of a bare loop in one process: the same statements, WAL and synchronous=FULL."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+    script = [s.replace("BEGIN", "BEGIN IMMEDIATE") for s in statements("sqlite")]
+    hashes = [models.User.hash(f"bench-key-{user}") for user in range(1, USERS + 1)]
+    count, end = 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        user = count % USERS + 1
+        given = values(user, f"T{count % HOLDINGS + 1:04}", f"raw {end}-{count}", 10**8) | {
+            "hash": hashes[user - 1]
+        }
+        for statement in script:
+            connection.execute(statement, given).fetchall()
+        count += 1
+    connection.close()
+    return count / seconds
+
+
+# ------------------------------------------------------------------------------------ What is measured
+
+
+def rounds(title: str, contenders: dict, tasks: dict, count: int, seconds: float) -> dict:
+    """Medians of `count` interleaved rounds: contender -> task -> answers a second."""
+    rates = {name: {task: [] for task in tasks} for name in contenders}
+    for number in range(count + 1):
+        print(f"{title}: round {number} of {count}" if number else f"{title}: warming up", flush=True)
+        for task in tasks:
+            for name in list(contenders)[:: -1 if number % 2 else 1]:
+                rate = contenders[name](tasks[task], seconds if number else 1)
+                if number and rate:
+                    rates[name][task].append(rate)
+    return {n: {t: statistics.median(r) for t, r in of.items() if r} for n, of in rates.items()}
+
+
+def table(rows: list[list]) -> None:
+    """Print `rows`, the first of which is the heading, as Markdown."""
+    shown = [[f"{c:,.{2 if c < 20 else 0}f}" if isinstance(c, float) else c for c in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    shown.insert(1, ["-" * width for width in widths])
+    print()
+    for row in shown:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+    print(flush=True)
+
+
+def milliseconds(server: Server, path: str, user: int, times: int = 20) -> float:
+    """How long one answer takes, of `times` in a row the median."""
+    session, taken = requests.Session(), []
+    session.headers["Authorization"] = f"Bearer bench-key-{user}"
+    for _ in range(times):
+        started = time.perf_counter()
+        assert session.get(server.url + path, timeout=60).status_code == 200
+        taken.append((time.perf_counter() - started) * 1000)
+    return statistics.median(taken)
+
+
+def first_answer(server: Server) -> float:
+    """Seconds from the start of the command to the first answer about an account."""
+    started = time.monotonic()
+    with server:
+        milliseconds(server, "/api/v1/balance", 1, times=1)
+        return time.monotonic() - started
+
+
+def memory(folder: Path, url: str) -> list[list]:
+    """A live worker before and after its first question to Yahoo, which a closed port answers."""
+    live = serving(
+        SERVERS["app"], url, folder, PRICE_SOURCES="yahoo", SAMPLE_MARKET="", HTTPS_PROXY="http://127.0.0.1:9"
+    )
+    rows = [["a worker's memory, MB", "RSS", "USS"]]
+    with live:
+        workers = psutil.Process(live.process.pid).children()
+        for when, path in (("before yfinance", "/api/v1/balance"), ("with yfinance", "/api/v1/price/AAPL")):
+            for _ in range(12):
+                requests.get(live.url + path, headers={"Authorization": "Bearer bench-key-1"}, timeout=30)
+            used = max((worker.memory_full_info() for worker in workers), key=lambda used: used.rss)
+            rows.append([when, used.rss / 1e6, used.uss / 1e6])
+    return rows
+
+
+def paging(url: str, server: Server, lengths: list[int]) -> list[list]:
+    rows = [["history, ms a page of 50", "first", "middle", "last", "last / first"]]
+    for length in lengths:
+        user = LONG[length]
+        oldest = lengthen(url, user, length)
+        cursors = ["", f"&cursor={oldest + length // 2}", f"&cursor={oldest + 50}"]
+        first, middle, last = (milliseconds(server, f"/api/v1/trades?limit=50{c}", user) for c in cursors)
+        rows.append([f"{length:,} trades", first, middle, last, last / first])
+    return rows
+
+
+def compare(postgres: PostgresServer, folder: Path, count: int, seconds: float) -> None:
+    base = postgres.create_database("app")
+    assert flask("db", "upgrade", DATABASE_URL=base).returncode == 0
+    seed(base)
+    for name in ("twin", "pgbench"):
+        finished([postgres.binary("createdb"), "-T", "app", "--maintenance-db", postgres.url(), name], 60)
+    urls = {"app": base, "granian": base, "twin": postgres.url("twin")}
+    with ExitStack() as running:
+        servers = {n: running.enter_context(serving(SERVERS[n], urls[n], folder)) for n in SERVERS}
+        contenders = {name: partial(wrk, server) for name, server in servers.items()}
+        contenders["pgbench"] = lambda task, seconds: (
+            pgbench(postgres, "pgbench", task, seconds, folder) if task[0] == "TRADE" else None
+        )
+        rates = rounds("PostgreSQL", contenders, TASKS, count, seconds)
+    rows = [["a second", "app", "granian", "twin", "pgbench", "app/twin", "granian/twin", "app/pgbench"]]
+    for task in TASKS:
+        app, granian, twin, limit = (rates[name].get(task) for name in ("app", "granian", "twin", "pgbench"))
+        rows.append(
+            [task, app, granian, twin, limit or "", app / twin, granian / twin, limit and app / limit or ""]
+        )
+    table(rows)
+    for name in ("app", "twin"):
+        audit = flask("audit", DATABASE_URL=urls[name], PRICE_SOURCES="sample").stdout.splitlines()[-1]
+        print(f"The books of the {name} after that: {audit}")
+    with ExitStack() as running:
+        options = WORKER_CLASSES.items()
+        commands = {n: [*GUNICORN, "--workers", WORKERS, "--no-control-socket", *o] for n, o in options}
+        servers = {n: running.enter_context(serving(c, base, folder)) for n, c in commands.items()}
+        some = {task: TASKS[task] for task in list(TASKS)[:4]}
+        rates = rounds("gunicorn", {n: partial(wrk, s) for n, s in servers.items()}, some, count, seconds)
+    table([["gunicorn, a second", *some], *([name, *of.values()] for name, of in rates.items())])
+
+
+def sqlite(folder: Path, count: int, seconds: float) -> None:
+    for name in ("app", "raw"):
+        assert flask("db", "upgrade", DATABASE_URL=f"sqlite:///{folder}/{name}.db").returncode == 0
+        seed(f"sqlite:///{folder}/{name}.db")
+    with serving(SERVERS["app"], f"sqlite:///{folder}/app.db", folder) as app:
+        contenders = {
+            "app": partial(wrk, app),
+            "raw": lambda _, seconds: raw_sqlite(folder / "raw.db", seconds),
+        }
+        rates = rounds("SQLite", contenders, {"trade": MANY}, count, seconds)
+    app, raw = rates["app"]["trade"], rates["raw"]["trade"]
+    table([["SQLite, a second", "app", "raw sqlite3 loop", "app/raw"], ["trade", app, raw, app / raw]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one short round, and no history of a million")
+    quick = parser.parse_args().quick
+    count, seconds = (1, 2) if quick else (3, 4)
+    with tempfile.TemporaryDirectory(prefix="broker-bench-") as folder:
+        folder = Path(folder)
+        folder.chmod(0o755)  # PostgreSQL may have to run as another user.
+        lines = [f"2020-01-01T00:00:00Z,T{n:04},{PRICE}" for n in range(1, max(WIDE) + 1)]
+        (folder / "market.csv").write_text("\n".join(["timestamp,ticker,price", *lines]))
+        with PostgresServer(folder / "postgres", settings={"max_connections": "300"}) as postgres:
+            compare(postgres, folder, count, seconds)
+            sqlite(folder, count, seconds)
+            url = postgres.url("app")
+            gunicorn = serving(SERVERS["app"], url, folder)
+            python = serving([sys.executable, "app.py"], url, folder)
+            rows = [["first answer", "seconds"], ["gunicorn", first_answer(gunicorn)]]
+            table([*rows, ["python app.py", first_answer(python)]])
+            live = f"sqlite:///{folder}/live.db"
+            assert flask("db", "upgrade", DATABASE_URL=live).returncode == 0
+            seed(live)
+            table(memory(folder, live))
+            with serving(SERVERS["app"], url, folder) as app:
+                table(paging(url, app, list(LONG)[: 2 if quick else 3]))
+
+
+if __name__ == "__main__":
+    main()
