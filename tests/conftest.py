@@ -21,6 +21,7 @@ import simplejson
 from postgres import PostgresServer
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
+from urllib3 import Retry
 
 ROOT = Path(__file__).parent.parent
 ADMIN = "the-admin-key-of-the-tests"
@@ -131,7 +132,9 @@ class Trader:
         self.session = requests.Session()
         self.session.headers["Authorization"] = f"Bearer {key}"
         # A server may close a connection that it keeps alive, after a 413 say; a GET is then sent again.
-        self.session.mount("http://", requests.adapters.HTTPAdapter(max_retries=2))
+        # An answer is taken as it is, whatever its Retry-After says.
+        again = Retry(connect=0, read=2, respect_retry_after_header=False)
+        self.session.mount("http://", requests.adapters.HTTPAdapter(max_retries=again))
 
     def ask(self, method: str, path: str, **options) -> requests.Response:
         return self.session.request(method, f"{self.server.url}{path}", timeout=60, **options)

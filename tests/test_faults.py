@@ -232,7 +232,7 @@ def test_without_a_database_every_route_says_so_quickly_and_heals(broken, carol)
         for response in responses:
             assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
             assert int(response.headers["Retry-After"]) > 0
-            assert response.elapsed.total_seconds() < 40
+            assert response.elapsed.total_seconds() < 6
     finally:
         broken.postgres.start()
     assert eventually(lambda: carol.ask("GET", "/api/v1/balance").status_code == 200)
@@ -250,10 +250,10 @@ def test_a_frozen_postgres_holds_no_request_for_long(broken, carol):
             for _ in range(3):
                 health = requests.get(f"{broken.server.url}/health", timeout=5)
                 assert (health.status_code, health.json()["status"]) == (503, "unhealthy")
-                assert health.elapsed.total_seconds() < 3
+                assert health.elapsed.total_seconds() < 1
             for response in (future.result() for future in asked):
                 assert response.status_code == 503, response.text
-                assert response.elapsed.total_seconds() < 40
+                assert response.elapsed.total_seconds() < 12
     finally:
         broken.postgres.resume()
     eventually(lambda: carol.ask("GET", "/api/v1/balance").status_code == 200)
@@ -305,7 +305,7 @@ def test_a_database_that_stays_away_after_commit_leaves_the_outcome_unknown(
         response = carol.order("buy", 2, "AAPL", key=key)
         assert (response.status_code, response.json()["code"]) == (503, "outcome_unknown")
         assert response.headers["Retry-After"]
-        assert response.elapsed.total_seconds() < 40
+        assert response.elapsed.total_seconds() < 8
     finally:
         proxy.stays_away = proxy.is_away = False
     assert len(carol.trades) == booked
@@ -352,7 +352,7 @@ def test_a_transaction_that_is_always_given_up_ends_as_unavailable(carol, giving
     giving_up("40001", times=1000)
     response = carol.order("buy", 3, "AAPL")
     assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
-    assert response.elapsed.total_seconds() < 40
+    assert response.elapsed.total_seconds() < 8
     assert carol.books == (100000, {}, [])
 
 
