@@ -212,9 +212,6 @@ class ExactJSON(JSONProvider):
     def dumps(self, document, **options) -> str:
         return simplejson.dumps(document, use_decimal=False, default=self.digits) + "\n"
 
-    def loads(self, text, **options):
-        raise NotImplementedError("requests are read by `read`")
-
     @staticmethod
     def digits(number: Decimal) -> simplejson.RawJSON:
         return simplejson.RawJSON(plain(number))
@@ -1049,7 +1046,7 @@ def audit_all():
 @app.cli.command("record")
 @click.argument("tickers", nargs=-1, required=True)
 @click.option("--period", default="1y", show_default=True, help="1mo, 6mo, 1y, 5y, max, ...")
-@click.option("--output", type=click.File("w"), required=True, help="The CSV file to write.")
+@click.option("--output", type=click.File("w", lazy=True), required=True, help="The CSV file to write.")
 def record(tickers: tuple[str, ...], period: str, output):
     """Record daily closes of TICKERS from Yahoo, for SAMPLE_MARKET to replay."""
     yahoo, rows = Yahoo(YAHOO_FOLDER), []

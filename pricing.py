@@ -251,7 +251,11 @@ class LiveMarket:
 
 
 class Source:
-    """One place that prices come from: asks, counts, and lets a failing place rest for a while."""
+    """One place that prices come from: asks, counts, and lets a failing place rest for a while.
+
+    Each kind brings an `ask(ticker)` of its own, which answers a `Quote` or raises `NoSuchTicker`,
+    `RateLimited` or `SourceFailed`.
+    """
 
     name: str
 
@@ -283,9 +287,6 @@ class Source:
     def answered(self) -> None:
         self.answers += 1
         self.failures_in_a_row = 0
-
-    def ask(self, ticker: str) -> Quote:
-        raise NotImplementedError
 
     def health(self) -> dict:
         return {

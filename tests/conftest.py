@@ -6,6 +6,7 @@ is started from the development requirements.
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -222,6 +223,17 @@ class Database:
         with self.engine.begin() as connection:
             result = connection.execute(text(statement), values)
             return result.all() if result.returns_rows else result.rowcount
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    """A copy of the program: what it keeps under instance/, such as Yahoo's cookie, goes with it."""
+    folder = tmp_path_factory.mktemp("program")
+    for file in ("app.py", "models.py", "pricing.py"):
+        shutil.copy(ROOT / file, folder)
+    for part in ("migrations", "sample_market", "static"):
+        shutil.copytree(ROOT / part, folder / part)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The documents are true: what README and .env.example say is compared with the program, or run."""
 
 import re
-import shutil
 import subprocess
 import sys
 
@@ -68,15 +67,10 @@ def masked(text: str) -> str:
     return text.strip()
 
 
-def test_the_sessions_in_the_readme_answer_as_printed(tmp_path):
+def test_the_sessions_in_the_readme_answer_as_printed(program):
     """Run line by line against `python app.py`, in a copy of the program as a newcomer has it."""
-    for name in ("app.py", "models.py", "pricing.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("migrations", "sample_market", "static"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, tmp_path / name)
     server = Server("", command=[sys.executable, "app.py"])
-    server.folder = tmp_path
+    server.folder = program
     with server:
         assert f"Serving sample prices on {server.url}. Try: curl" in server.log()
         (define, _), *lines = sessions()

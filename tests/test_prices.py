@@ -7,7 +7,6 @@ the two databases, which ask Yahoo alone. Quotes hold for two seconds on both.
 import http.client
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +17,9 @@ from threading import Barrier
 
 import pytest
 import requests
-from conftest import ROOT, Database, Server, environment, exact, free_port
+import simplejson
+from conftest import Database, Server, environment, exact, free_port
+from simplejson import RawJSON
 from standins import MarketStandIn
 
 HOLD_SECONDS = 2
@@ -29,17 +30,6 @@ names = itertools.count(1)
 def new_ticker() -> str:
     """A ticker that no server has been asked for before."""
     return f"NEW{next(names)}"
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """A copy of the program: what it keeps under instance/, such as Yahoo's cookie, goes with it."""
-    folder = tmp_path_factory.mktemp("program")
-    for file in ("app.py", "models.py", "pricing.py"):
-        shutil.copy(ROOT / file, folder)
-    for part in ("migrations", "sample_market"):
-        shutil.copytree(ROOT / part, folder / part)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -763,3 +753,59 @@ def test_python_app_py_serves_the_sample_where_yahoo_does_not_answer(program, ma
         assert first == "Yahoo Finance cannot be reached: serving the recorded sample market instead."
         assert second.startswith("Serving sample prices on ")
     assert (program / "instance" / "sample.db").exists()
+
+
+# A recorder of prices
+
+
+def candles(*closes: str, currency="USD", first=1_577_975_400) -> str:
+    """Yahoo's chart of some days, with its closes as it writes them; the first is 2020-01-02."""
+    chart = {
+        "meta": {"currency": currency},
+        "timestamp": [first + day * 86_400 for day in range(len(closes))],
+        "indicators": {"quote": [{"close": [RawJSON(close) for close in closes]}]},
+    }
+    return simplejson.dumps({"chart": {"error": None, "result": [chart]}})
+
+
+def test_a_market_is_recorded_from_yahoo_and_can_be_replayed(run, market, tmp_path):
+    market.yahoo("AAPL", body=candles("189.83999633789062", "null", "190.5"))
+    market.yahoo("BTC-USD", body=candles("67123.453125", "67000", "66999.9921875", first=1_577_923_200))
+    file = tmp_path / "market.csv"
+    done = run(
+        "-m", "flask", "--app", "app", "record", "aapl", "BTC-USD", "--period", "1mo", "--output", file
+    )
+    assert done.returncode == 0, done.stderr
+    assert "range=1mo" in " ".join(path for _, path in market.requests)
+    assert file.read_text().splitlines() == [
+        "timestamp,ticker,price",
+        "2020-01-02T00:00:00Z,AAPL,189.84",
+        "2020-01-02T00:00:00Z,BTC-USD,67123.45",
+        "2020-01-03T00:00:00Z,BTC-USD,67000",
+        "2020-01-04T00:00:00Z,AAPL,190.5",
+        "2020-01-04T00:00:00Z,BTC-USD,66999.99",
+    ]
+    replayed = run(
+        "-c", "import app; print(len(app.market.bars))", PRICE_SOURCES="sample", SAMPLE_MARKET=file
+    )
+    assert replayed.stdout == "3\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (None, "Yahoo knows no such ticker"),
+        ({"status": 500}, "HTTP 500"),
+        ({"body": candles("150", currency="GBp")}, "quoted in GBp"),
+        ({"body": '{"chart": {"result": [{"meta": {"currency": "USD"}}]}}'}, "no prices"),
+    ],
+)
+def test_what_cannot_be_recorded_is_one_clear_line_and_no_file(run, market, tmp_path, answer, sentence):
+    if answer:
+        market.yahoo("VOD.L", **answer)
+    file = tmp_path / "market.csv"
+    done = run("-m", "flask", "--app", "app", "record", "VOD.L", "--output", file)
+    assert done.returncode == 1
+    assert sentence in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not file.exists()
