@@ -366,7 +366,7 @@ class User(db.Model):
     @classmethod
     def open(cls, email: str, cash: Decimal, api_key: str | None = None) -> tuple[int, str]:
         """Make a user and the balance, both or neither, and answer the id and the API key."""
-        api_key = api_key or secrets.token_urlsafe(32)
+        api_key = api_key or secrets.token_hex(32)
         try:
             with transaction() as connection:
                 user_id = connection.scalar(
@@ -408,7 +408,7 @@ class User(db.Model):
     @classmethod
     def rotate_key(cls, user_id: int) -> str:
         """Give the user a new API key and answer it; the old one is refused from now on."""
-        api_key = secrets.token_urlsafe(32)
+        api_key = secrets.token_hex(32)
         cls.change(user_id, api_key_hash=cls.hash(api_key))
         return api_key
 

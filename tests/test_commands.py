@@ -18,7 +18,7 @@ def test_an_account_is_opened_listed_rekeyed_and_closed(database, server, engine
     added = user(database, "add", email, "--cash", "1234.5")
     assert added.returncode == 0, added.stderr
     key = added.stdout.split()[-1]
-    assert re.fullmatch(r"[A-Za-z0-9_-]{43}", key)
+    assert re.fullmatch(r"[0-9a-f]{64}", key)
     carol = Trader(server, email, key, 0)
     assert str(carol.cash) == "1234.5"
     assert email in user(database, "list").stdout
