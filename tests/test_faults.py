@@ -401,7 +401,7 @@ HANDS = [
     ("ibkr_trades", "total_amount", "total_amount"),
     ("ibkr_trades", "price", "total_amount"),
     ("ibkr_trades", "cash_after", "cash_after"),
-    ("ibkr_trades", "run", "Run 1: cash_balance"),
+    ("ibkr_trades", "run", "1 trades are of run 2"),
 ]
 
 
