@@ -172,7 +172,8 @@ class Simulator(Flask):
 
         Every route is one transaction at the most, so to repeat it whole is safe; a trade looks its
         idempotency key up first, under the lock, and so finds out what became of a COMMIT whose answer
-        was lost. A lock must not be waited for in front of a client for ever: six tries, three seconds.
+        was lost. A client does not wait for ever: six tries, and none that begins after three seconds,
+        except for a trade that had to wait for its lock so long that its price ran out.
         """
         unknown = None
         deadline = time.monotonic() + self.SECONDS
@@ -182,7 +183,8 @@ class Simulator(Flask):
                 return super().dispatch_request()
             except (DBAPIError, QuoteExpired, OutcomeUnknown, Refused) as error:
                 unknown = unknown or (isinstance(error, OutcomeUnknown) and error)
-                over = attempt == self.TRIES or time.monotonic() > deadline
+                late = time.monotonic() > deadline and not isinstance(error, QuoteExpired)
+                over = attempt == self.TRIES or late
                 if over or not is_passing(error):
                     if unknown:
                         raise unknown from error

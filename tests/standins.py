@@ -76,13 +76,16 @@ class MarketStandIn:
         """Set Alpha Vantage's answer for a share ("AAPL") or a pair of currencies ("BTC-USD")."""
         self._alphavantage[symbol.upper()] = Answer(body=body, **answer)
 
-    def hang_all(self):
-        """Accept every connection and request from now on, and answer none."""
-        self._hanging = True
+    def hang_all(self, domain: str = ""):
+        """Accept every connection and request to `domain` from now on, and answer none."""
+        self._hanging = domain
+
+    def hangs(self, host: str) -> bool:
+        return self._hanging is not None and host.endswith(self._hanging)
 
     def answer_again(self):
         """Answer new requests, and hang up on those that were left hanging."""
-        self._hanging = False
+        self._hanging = None
         self._release()
 
     def reset(self):
@@ -136,7 +139,7 @@ class MarketStandIn:
     def stop(self):
         self._server.shutdown()
         self._server.server_close()
-        self._hanging = True  # connections that are still open get no more answers
+        self._hanging = ""  # connections that are still open get no more answers
         self._release()
         self._folder.cleanup()
 
@@ -184,9 +187,9 @@ class Handler(BaseHTTPRequestHandler):
     host = None
 
     def do_CONNECT(self):
-        if self.server.market._hanging:
-            return self.hang()
         self.host = self.path.rpartition(":")[0]
+        if self.server.market.hangs(self.host):
+            return self.hang()
         self.send_response(HTTPStatus.OK)
         self.end_headers()
         self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
@@ -204,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
         path = f"{url.path}?{url.query}" if url.query else url.path
         query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         self.server.market._note(host, path)
-        if self.server.market._hanging:
+        if self.server.market.hangs(host):
             return self.hang()
         if host.endswith("alphavantage.co") and url.path == "/query":
             return self.give(self.server.market._answer_from_alphavantage(query))

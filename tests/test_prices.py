@@ -763,6 +763,22 @@ def test_python_app_py_serves_the_sample_where_yahoo_does_not_answer(program, ma
     assert (program / "instance" / "sample.db").exists()
 
 
+def test_a_cold_server_turns_to_alpha_vantage_soon_while_all_of_yahoo_hangs(
+    live_server, new_database, market
+):
+    """Not even the cookie comes, which yfinance asks for one thread after the other."""
+    tickers = [new_ticker() for _ in range(10)]
+    for ticker in tickers:
+        market.alphavantage(ticker, share("12.5"))
+    market.hang_all("yahoo.com")
+    keys = {"ALPHAVANTAGE_API_KEY": "k", "sources": "yahoo,alphavantage", "workers": 1, "threads": 20}
+    with live_server(new_database().migrate(), **keys) as server:
+        alice = server.trader()
+        answers = at_once(10, lambda number: get(server, alice, f"/api/v1/price/{tickers[number]}"))
+    assert [answer.json().get("source") for answer in answers] == ["alphavantage"] * 10
+    assert max(answer.elapsed.total_seconds() for answer in answers) < 10
+
+
 # A recorder of prices
 
 
