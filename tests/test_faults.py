@@ -181,9 +181,7 @@ def test_killed_processes_leave_no_half_trade_and_lose_none(alice, server):
             eventually(lambda: len(workers(server)) == 2)
             workers(server)[0].kill()
             time.sleep(0.3)
-        for process in (psutil.Process(server.process.pid), *workers(server)):
-            process.kill()  # The whole server, at once.
-        server.process.wait()
+        server.stop()
         server.start()
 
 

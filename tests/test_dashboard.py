@@ -1,0 +1,491 @@
+"""The dashboard in a real browser: Chromium signs in, trades, looks and is left without a server.
+
+Every test ends with what must be true of all of them: nothing complained on the console, nothing was
+asked of any other server, and the key was in no address. The page sees the API alone, which is
+tested on both databases elsewhere, so one of them is enough here.
+"""
+
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from decimal import Decimal
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import ROOT, Trader
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+pytestmark = pytest.mark.parametrize("engine_name", ["sqlite"], indirect=True, scope="session")
+
+AXE = ROOT / "tests" / "vendor" / "axe-core" / "axe.min.js"
+NO_BROWSER = "There is no chromium here to look at the dashboard with: apt-get install chromium"
+QUIET = [  # Without these a browser calls home, and a container has no GPU and no sandbox.
+    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
+    *("--disable-sync", "--no-first-run", "--disable-quic"),
+]
+MARKUP = "<b id=injected>B</b>"
+
+expect.set_options(timeout=15_000)
+
+
+class Visit:
+    """Somebody at the dashboard, and all that the browser asked for and complained of meanwhile."""
+
+    def __init__(self, page: Page, trader: Trader):
+        self.page, self.trader, self.url = page, trader, trader.server.url
+        self.asked, self.complaints, self.overlooked = [], [], []
+        page.set_default_timeout(15_000)
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("framenavigated", lambda frame: self.asked.append(frame.url))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", self.hear)
+
+    def hear(self, message) -> None:
+        if message.type == "error":
+            self.complaints.append(message.text)
+
+    def overlook(self, complaint: str) -> None:
+        """Let pass what the test itself provokes: the browser logs every refusal as an error."""
+        self.overlooked.append(complaint)
+
+    @property
+    def unexpected(self) -> list[str]:
+        return [text for text in self.complaints if not any(known in text for known in self.overlooked)]
+
+    def opens_the_page(self) -> "Visit":
+        self.page.goto(self.url)
+        expect(self["sign-in"]).to_be_visible()
+        return self
+
+    def signs_in(self) -> "Visit":
+        self.opens_the_page()
+        self["key"].fill(self.trader.key)
+        self.page.get_by_role("button", name="Open", exact=True).click()
+        expect(self["dashboard"]).to_be_visible()
+        return self
+
+    def __getitem__(self, name: str):
+        """The element with this id."""
+        return self.page.locator(f"#{name}")
+
+    def presses(self, name: str) -> "Visit":
+        self.page.get_by_role("button", name=name, exact=True).click()
+        return self
+
+    def writes_an_order(self, action, quantity, ticker, at="") -> "Visit":
+        self.page.get_by_role("radio", name=action.capitalize()).check()
+        self["ticker"].fill(ticker)
+        self["quantity"].fill(str(quantity))
+        self["price"].fill(str(at))
+        return self
+
+    def reads(self, name: str, words) -> "Visit":
+        """Wait until the element with this id says `words`, which may be a part of it or a pattern."""
+        expect(self[name]).to_contain_text(words)
+        expect(self[name]).to_be_visible()
+        return self
+
+    def row(self, table: str) -> list[str]:
+        """The cells of a table's first row."""
+        return self[table].locator("tr").first.locator("th, td").all_inner_texts()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if chromium is None and os.environ.get("CI") == "true":
+        pytest.fail(NO_BROWSER)
+    if chromium is None:
+        pytest.skip(NO_BROWSER)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def visiting(browser: Browser, trader: Trader, **options):
+    """A new window for a trader, which ends with what must be true of every visit."""
+    options = {"viewport": {"width": 1280, "height": 900}, "timezone_id": "Asia/Tokyo"} | options
+    with browser.new_context(**options) as context:
+        visit = Visit(context.new_page(), trader)
+        yield visit
+        visit.page.unroute_all(behavior="wait")
+        asked = [url for url in visit.asked if urlsplit(url).scheme not in ("data", "blob", "about")]
+        assert asked
+        assert [url for url in asked if not url.startswith(f"{visit.url}/")] == []
+        assert [url for url in visit.asked if trader.key in url] == []
+        assert visit.unexpected == []
+
+
+@pytest.fixture
+def visit(browser, alice) -> Visit:
+    """Alice on 1 June 2012, when AAPL closed at 560.99; the page is not open yet."""
+    answer = alice.ask("PUT", "/api/v1/market/clock", json={"at": "2012-06-01T00:00:00Z"})
+    assert answer.status_code == 200, answer.text
+    with visiting(browser, alice) as visit:
+        yield visit
+
+
+# Signing in
+
+
+def test_a_key_opens_its_account(visit):
+    visit.signs_in()
+    visit.reads("equity", "100,000.00").reads("cash", "100,000.00").reads("run-heading", "Run 1")
+    visit.reads("holdings-none", "No holdings").reads("trades-none", "No trades")
+    visit.reads("prices-from", "Sample market").reads("sample-band", "not today’s prices")
+
+
+def test_an_unknown_key_is_refused_in_a_sentence(visit):
+    visit.opens_the_page()
+    visit["key"].fill("nobody-has-this-key")
+    visit.presses("Open").reads("sign-in-problem", "The server does not know this key")
+    expect(visit["dashboard"]).to_be_hidden()
+    visit.overlook("401 (UNAUTHORIZED)")
+
+
+def test_the_key_stays_in_the_tab_until_it_is_forgotten(visit):
+    visit.signs_in()
+    visit.page.reload()
+    visit.reads("equity", "100,000.00")
+    stored = "[sessionStorage.getItem('key'), sessionStorage.length, localStorage.length, document.cookie]"
+    assert visit.page.evaluate(stored) == [visit.trader.key, 1, 0, ""]
+    visit.presses("Forget the key")
+    expect(visit["sign-in"]).to_be_visible()
+    assert visit.page.evaluate(stored) == [None, 0, 0, ""]
+    assert visit.trader.key not in visit.page.content()
+    expect(visit["equity"]).to_be_empty()
+
+
+def test_the_page_can_ask_no_other_server(visit):
+    """Not only does it not: the browser is told to refuse, even for this server's other name."""
+    visit.signs_in()
+    elsewhere = visit.url.replace("127.0.0.1", "localhost")
+    ask = "url => fetch(url, { mode: 'no-cors' }).then(() => 'answered', () => 'refused')"
+    assert visit.page.evaluate(ask, f"{elsewhere}/health") == "refused"
+    visit.overlook("Content Security Policy")
+
+
+# Orders
+
+
+def test_an_order_is_booked_and_shown(visit):
+    alice = visit.trader
+    visit.signs_in().writes_an_order("buy", 10, "aapl").reads("quote", "AAPL: 560.99 USD, 2012-06-01")
+    visit.reads("estimate", "Costs about 5,609.90 USD").presses("Place buy order")
+    visit.reads("order-result", "Bought 10 AAPL at 560.99 USD for 5,609.90 USD. Cash: 94,390.10 USD.")
+    visit.reads("cash", "94,390.10").reads("market-value", "5,609.90").reads("equity", "100,000.00")
+    assert visit.row("holdings-rows")[:7] == [
+        *("AAPL", "10", "560.99", "560.9900", "5,609.90", "0.00", "0.00")
+    ]
+    assert visit.row("trades-rows")[1:10] == [
+        *("Buy", "AAPL", "10", "560.99", "5,609.90", "0.00", "", "94,390.10", "Sample market")
+    ]
+    assert alice.holdings == {"AAPL": (10, Decimal("5609.9"))}
+
+
+def test_a_sale_shows_its_profit(visit):
+    visit.trader.buys(10, "AAPL")
+    visit.trader.sees("AAPL", at="570.99")
+    visit.signs_in().reads("unrealized", "+100.00").presses("Sell AAPL…")
+    expect(visit["quantity"]).to_have_value("10")
+    visit["quantity"].fill("4")
+    visit.presses("Place sell order").reads("order-result", "Sold 4 AAPL at 570.99 USD")
+    visit.reads("order-result", "Profit: +40.00 USD.").reads("realized", "+40.00").reads("total", "+100.00")
+    assert visit.trader.holdings["AAPL"][0] == 6
+
+
+def test_a_refusal_shows_the_servers_sentence_and_books_nothing(visit):
+    alice = visit.trader
+    before = alice.books
+    sentence = alice.order("buy", 1000, "AAPL").json()["detail"]
+    visit.signs_in().writes_an_order("buy", 1000, "AAPL").presses("Place buy order")
+    visit.reads("order-result", sentence)
+    assert alice.books == before
+    visit.overlook("Failed to load resource")
+
+
+def test_a_rehearsal_tells_the_outcome_and_books_nothing(visit):
+    before = visit.trader.books
+    visit.signs_in().writes_an_order("buy", 10, "AAPL").presses("Rehearse")
+    visit.reads("order-result", "This would buy 10 AAPL at 560.99 USD for 5,609.90 USD.")
+    visit.reads("order-result", "Cash after it: 94,390.10 USD. Nothing has been booked.")
+    assert visit.trader.books == before
+
+
+def test_an_order_whose_answer_is_lost_is_sent_again_and_booked_once(visit):
+    keys = []
+
+    def lose_the_first_answer(route: Route):
+        keys.append(route.request.headers["idempotency-key"])
+        answer = route.fetch()  # The server books it either way.
+        route.abort() if len(keys) == 1 else route.fulfill(response=answer)
+
+    visit.page.route("**/api/v1/trade", lose_the_first_answer)
+    visit.page.clock.install()
+    visit.signs_in().writes_an_order("buy", 1, "AAPL").presses("Place buy order")
+    visit.reads("order-result", "Sending the order again under the same key…")
+    visit.page.clock.fast_forward("00:01")
+    visit.reads("order-result", "Booked already").reads("order-result", "It is booked once.")
+    assert len(keys) == 2
+    assert len(set(keys)) == 1
+    assert len(visit.trader.trades) == 1
+    visit.overlook("net::ERR_FAILED")
+
+
+def test_an_order_is_placed_by_keyboard_alone(visit):
+    keyboard = visit.page.keyboard
+
+    def tab_to(name: str):
+        for _ in range(40):
+            keyboard.press("Tab")
+            seen = "[document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle]"
+            focused, outline = visit.page.evaluate(seen)
+            if focused == name:
+                assert outline == "solid", f"#{name} does not show that it has the focus"
+                return
+        raise AssertionError(f"Tab never comes to #{name}.")
+
+    visit.opens_the_page()
+    tab_to("key")
+    keyboard.type(visit.trader.key)
+    keyboard.press("Enter")
+    expect(visit["equity-heading"]).to_be_focused()
+    tab_to("ticker")
+    keyboard.type("AAPL")
+    tab_to("quantity")
+    keyboard.type("3")
+    tab_to("price")
+    keyboard.type("600")
+    tab_to("rehearse")
+    keyboard.press("Space")
+    visit.reads("order-result", "This would buy 3 AAPL")
+    expect(visit["rehearse"]).to_be_focused()
+    keyboard.press("Shift+Tab")
+    keyboard.press("Enter")
+    visit.reads("order-result", "Bought 3 AAPL")
+    assert visit.trader.holdings["AAPL"][0] == 3
+
+
+# What is shown
+
+
+def pixels_of_the_curve(page: Page) -> int:
+    """How many pixels of the chart have the colour of the curve, which the axes have not."""
+    return page.evaluate(
+        """() => {
+            const canvas = document.querySelector("#curve canvas");
+            if (!canvas) return 0;
+            const hex = getComputedStyle(document.documentElement).getPropertyValue("--accent").trim();
+            const accent = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+            const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            let found = 0;
+            for (let at = 0; at < data.length; at += 4)
+                found += data[at + 3] > 200 && accent.every((part, i) => Math.abs(part - data[at + i]) < 12);
+            return found;
+        }"""
+    )
+
+
+def test_the_equity_curve_is_drawn_and_grows(visit):
+    alice = visit.trader
+    alice.buys(50, "AAPL")
+    alice.ask("POST", "/api/v1/market/advance", json={"bars": 20})
+    alice.sells(10, "AAPL")
+    equity = f"{alice.portfolio['equity']:,.2f}"
+    visit.signs_in()
+    expect(visit["curve"].locator("canvas")).to_be_visible()
+    visit.reads("readout", f"{equity} USD")
+    assert f"from 100,000.00 USD to {equity} USD, 3 points" in visit["curve"].get_attribute("aria-label")
+    assert pixels_of_the_curve(visit.page) > 300
+    before = alice.portfolio["equity"]
+    visit.presses("+20").reads("clock-now", "2012-07-30")
+    assert alice.portfolio["equity"] != before
+    visit.reads("readout", f"{alice.portfolio['equity']:,.2f} USD")
+    assert pixels_of_the_curve(visit.page) > 300
+
+
+def test_amounts_are_shown_with_their_exact_digits(browser, server):
+    """0.1 + 0.2, and more dollars than a binary float can tell apart."""
+    alice = server.trader(cash="89999999999.12345679").sees("BTC-USD", at="1.1")
+    for quantity in ("0.1", "0.2", "0.00000001"):
+        alice.buys(quantity, "BTC-USD")
+    with visiting(browser, alice) as visit:
+        visit.signs_in().reads("cash", "89,999,999,998.79")
+        expect(visit["cash"]).to_have_attribute("title", "89,999,999,998.79345677")
+        expect(visit["trades-rows"].locator("tr")).to_have_count(3)
+        assert visit.row("holdings-rows")[1:4] == ["0.30000001", "1.10", "1.1000"]
+        assert visit.row("trades-rows")[3] == "0.00000001"
+        everything = visit.page.evaluate(
+            """() => [document.body.innerText, ...[...document.querySelectorAll("[title], [aria-label]")]
+                .flatMap((node) => [node.title, node.getAttribute("aria-label")])].join(" ")"""
+        )
+        assert re.findall(r"\S*\.\d{9,}\S*|\S*\de[-+]?\d\S*|NaN|undefined|Infinity|null", everything) == []
+
+
+def test_older_trades_are_a_page_away(visit):
+    alice = visit.trader.sees("IBM", at=1)
+    for quantity in range(1, 28):
+        alice.buys(quantity, "IBM")
+    visit.signs_in()
+    expect(visit["trades-rows"].locator("tr")).to_have_count(25)
+    visit.presses("Older").reads("page-number", "Page 2")
+    expect(visit["trades-rows"].locator("tr")).to_have_count(2)
+    assert [row.split("\t")[3] for row in visit["trades-rows"].inner_text().split("\n")] == ["2", "1"]
+    visit.presses("Newer").reads("page-number", "Page 1")
+    expect(visit["trades-rows"].locator("tr")).to_have_count(25)
+
+
+def test_the_trades_download_as_csv(visit):
+    visit.trader.buys(10, "AAPL")
+    visit.trader.sells(4, "AAPL")
+    visit.signs_in()
+    with visit.page.expect_download() as download:
+        visit.presses("Download CSV")
+    assert download.value.suggested_filename == "trades-run-1.csv"
+    assert download.value.path().read_bytes() == visit.trader.ask("GET", "/api/v1/trades.csv").content
+
+
+def test_markup_in_an_error_an_email_and_a_ticker_shows_as_text(browser, server):
+    """The server takes no such ticker, so here its answers are changed on the way."""
+    alice = server.trader(name="<b/id=injected>alice")
+    alice.sees("AAPL", at=1).buys(1, "AAPL")
+    assert alice.email.startswith("<b/id=injected>")
+
+    def with_markup(route: Route):
+        answer = route.fetch()
+        body = answer.text().replace('"AAPL"', f'"{MARKUP}"')
+        body = re.sub(r'"detail": *"', f'"detail": "{MARKUP}{alice.email} ', body)
+        route.fulfill(response=answer, body=body)
+
+    with visiting(browser, alice) as visit:
+        visit.page.route("**/api/v1/**", with_markup)
+        visit.signs_in().reads("holdings-rows", MARKUP).reads("trades-rows", MARKUP)
+        assert (
+            visit["tickers"]
+            .locator("option")
+            .evaluate_all("all => all.map((one) => one.value)")
+            .count(MARKUP)
+        )
+        visit.presses(f"Sell {MARKUP}…").presses("Place sell order")
+        visit.reads("order-result", f"{MARKUP}{alice.email}")
+        visit.writes_an_order("buy", 1, "NOBODY").reads("quote", f"{MARKUP}{alice.email}")
+        visit.presses("Rehearse").reads("order-result", f"{MARKUP}{alice.email}")
+        expect(visit["injected"]).to_have_count(0)
+        visit.overlook("Failed to load resource")
+
+
+# The run and the clock
+
+
+def test_a_run_ends_only_when_asked_twice(visit):
+    alice = visit.trader
+    alice.buys(10, "AAPL")
+    before = alice.books
+    visit.signs_in().presses("Start over…").reads("start-over-question", "This cannot be undone.")
+    expect(visit["keep-going"]).to_be_focused()
+    visit.presses("No, keep this run")
+    expect(visit["start-over-form"]).to_be_hidden()
+    visit.presses("Start over…")
+    visit["start-cash"].fill("2500.50")
+    assert alice.books == before
+    visit.presses("Yes, start over").reads("start-over-result", "A new run has begun.")
+    visit.reads("run-heading", "Run 2").reads("equity", "2,500.50").reads("holdings-none", "No holdings")
+    assert (alice.cash, alice.holdings, alice.trades) == (Decimal("2500.5"), {}, [])
+    visit["run-select"].select_option("run 1")
+    visit.reads("run-heading", "Run 1 (earlier)").reads("trades-rows", "AAPL")
+
+
+def test_the_sample_clock_is_stopped_and_stepped(visit):
+    alice = visit.trader
+    alice.buys(10, "AAPL")
+    visit.signs_in().reads("clock-state", "stopped").presses("Let it run").reads("clock-state", "running")
+    expect(visit.page.get_by_role("button", name="+1 bar")).to_be_disabled()
+    visit.presses("Stop the clock").reads("clock-state", "stopped")
+    visit["clock-at"].fill("2012-06-01")
+    visit.presses("Go").reads("clock-now", "2012-06-01 00:00 UTC").reads("equity", "100,000.00")
+    visit.presses("+1 bar").reads("clock-now", "2012-06-04 00:00 UTC").reads("equity", "100,033.00")
+    assert visit.row("holdings-rows")[2] == "564.29"
+    assert alice.get("/api/v1/market")["now"] == "2012-06-04T00:00:00Z"
+    visit.presses("+5").reads("clock-now", "2012-06-11 00:00 UTC")
+
+
+# Without a server
+
+
+def test_the_page_says_that_the_server_is_away_and_comes_back_by_itself(browser, server):
+    alice = server.trader().sees("AAPL", at=100)
+    alice.buys(1, "AAPL")
+    with visiting(browser, alice) as visit:
+        visit.page.clock.install()
+        visit.signs_in().reads("cash", "99,900.00")
+        expect(visit["away"]).to_be_hidden()
+        server.stop()
+        try:
+            visit.page.clock.fast_forward("00:05")
+            visit.reads("away", re.compile(r"^The server does not answer\. What you see is of .{8} UTC\."))
+            visit.reads("away", "Trying again every 5 seconds.").reads("cash", "99,900.00")
+            assert no_sideways_scroll(visit.page)
+        finally:
+            server.start()
+        alice.buys(1, "AAPL")
+        visit.page.clock.fast_forward("00:05")
+        visit.reads("cash", "99,800.00")
+        expect(visit["away"]).to_be_hidden()
+        visit.overlook("Failed to load resource: net::ERR_")
+
+
+# For everybody, on everything
+
+
+def no_sideways_scroll(page: Page) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def test_a_phone_needs_no_sideways_scroll(browser, alice):
+    for ticker in ("AAPL", "BTC-USD", "GOOG", "IBM", "MSFT"):
+        alice.sees(ticker, at="1234.12345678").buys("1.00000001", ticker)
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    with visiting(browser, alice, **phone) as visit:
+        visit.opens_the_page()
+        assert no_sideways_scroll(visit.page)
+        visit.signs_in().reads("holdings-count", "5")
+        assert no_sideways_scroll(visit.page)
+        visit.writes_an_order("buy", "1000000000", "BTC-USD").presses("Rehearse")
+        visit.reads("order-result", re.compile(".+")).presses("Start over…")
+        expect(visit["curve"].locator("canvas")).to_be_visible()
+        assert visit.page.evaluate("document.documentElement.clientWidth") == 390
+        assert no_sideways_scroll(visit.page)
+        visit.overlook("Failed to load resource")
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_axe_finds_nothing_serious(visit, colours):
+    alice = visit.trader
+    for ticker in ("AAPL", "GOOG", "IBM"):
+        alice.buys(10, ticker)
+    alice.sells(4, "IBM")
+    alice.sees("AAPL", at=600).sees("GOOG", at=100)
+    visit.page.emulate_media(color_scheme=colours)
+    visit.page.add_init_script(path=AXE)
+
+    def serious_violations() -> list[str]:
+        found = visit.page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+        assert found["passes"], "axe has looked at nothing"
+        return [
+            f"{violation['id']}: {node['html']}"
+            for violation in found["violations"]
+            for node in violation["nodes"]
+            if violation["impact"] in ("serious", "critical")
+        ]
+
+    visit.opens_the_page()
+    assert serious_violations() == []
+    visit.signs_in().writes_an_order("buy", 1000, "AAPL").presses("Place buy order")
+    visit.reads("order-result", "This costs").reads("readout", "USD").presses("Start over…")
+    assert serious_violations() == []
+    visit.page.evaluate("sayAway('The server does not answer.')")
+    assert serious_violations() == []
+    visit.overlook("Failed to load resource")
