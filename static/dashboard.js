@@ -183,6 +183,18 @@ function drawRows(body, items, keyOf, columns) {
     columns.forEach(([, drawCell], i) => drawCell(row.cells[i], item));
     if (body.rows[place] !== row) body.insertBefore(row, body.rows[place] ?? null);
   });
+  columns.forEach((_, i) => alignDecimals([...body.rows].map((row) => row.cells[i])));
+}
+
+/** Line up the decimal points of a column: what a number lacks in decimals follows it unseen (`data-lacks`). */
+function alignDecimals(cells) {
+  const numbers = cells.filter((cell) => /^[+−]?[0-9,]+(\.[0-9]+)?$/.test(cell.textContent));
+  const parts = numbers.map((cell) => cell.textContent.match(/\.[0-9]+|$/)[0]);
+  const longest = parts.reduce((one, other) => (other.length > one.length ? other : one), "");
+  numbers.forEach((cell, i) => {
+    const lacks = longest.slice(parts[i].length);
+    if (cell.dataset.lacks !== lacks) cell.dataset.lacks = lacks;
+  });
 }
 
 function newRow(key, columns) {
@@ -408,6 +420,8 @@ function curveOptions(runsOn) {
     const text = new Date(tick * 1000).toISOString();
     return apart >= 86400 ? text.slice(0, 10) : text.slice(apart >= 3600 ? 5 : 11, 16).replace("T", " ");
   });
+  const ends = (tick) => (tick === 0 ? "start" : tick === curvePoints.length - 1 ? (seen.shownRun ? "end" : "now") : String(tick));
+  const steps = (_, ticks) => ticks.map(ends);
   const wholeSteps = [1, 10, 100, 1000, 10000, 100000].flatMap((step) => [step, 2 * step, 5 * step]);
   return {
     width: host.clientWidth,
@@ -421,7 +435,7 @@ function curveOptions(runsOn) {
       y: { range: (_, low, high) => (low === high ? [low * 0.99 - 1, high * 1.01 + 1] : uPlot.rangeNum(low, high, 0.1, true)) },
     },
     axes: [
-      { ...axis, size: 30, space: 90, ...(runsOn ? { values: dates } : { incrs: wholeSteps }) },
+      { ...axis, size: 30, space: 90, ...(runsOn ? { values: dates } : { incrs: wholeSteps, values: steps }) },
       {
         ...axis,
         values: (_, ticks) => ticks.map((tick) => tick.toLocaleString("en-US", { maximumFractionDigits: 4 })),

@@ -318,6 +318,16 @@ def test_amounts_are_shown_with_their_exact_digits(browser, server):
         expect(visit["trades-rows"].locator("tr")).to_have_count(3)
         assert visit.row("holdings-rows")[1:4] == ["0.30000001", "1.10", "1.1000"]
         assert visit.row("trades-rows")[3] == "0.00000001"
+        decimal_points = visit.page.evaluate(
+            """() => [...document.querySelectorAll("#trades-rows td:nth-child(4)")].map((cell) => {
+                const [range, at] = [document.createRange(), cell.textContent.indexOf(".")];
+                range.setStart(cell.firstChild, at);
+                range.setEnd(cell.firstChild, at + 1);
+                return Math.round(range.getBoundingClientRect().x);
+            })"""
+        )
+        assert len(decimal_points) == 3
+        assert len(set(decimal_points)) == 1
         everything = visit.page.evaluate(
             """() => [document.body.innerText, ...[...document.querySelectorAll("[title], [aria-label]")]
                 .flatMap((node) => [node.title, node.getAttribute("aria-label")])].join(" ")"""
