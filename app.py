@@ -31,11 +31,12 @@ from functools import cache
 from uuid import uuid4
 
 import click
+import flask_swagger_ui
 import psutil
 import simplejson
 import sqlalchemy as sa
 from dotenv import load_dotenv
-from flask import Flask, Response, g, request, stream_with_context
+from flask import Blueprint, Flask, Response, g, request, stream_with_context
 from flask.cli import AppGroup
 from flask.json.provider import JSONProvider
 from flask_migrate import Migrate, upgrade
@@ -44,6 +45,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+import openapi
 from models import (
     ACCOUNT_LIMIT,
     ORDER_LIMIT,
@@ -882,6 +884,34 @@ def dashboard():
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return page
+
+
+@app.get("/docs")
+def docs():
+    """The API to read and to try out with your key, in the browser."""
+    page = app.send_static_file("docs.html")
+    page.headers["Cache-Control"] = "no-cache"
+    page.headers["Content-Security-Policy"] = (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page
+
+
+# Swagger UI's own files come from its package: /docs asks no other host for anything.
+swagger_ui = os.path.join(os.path.dirname(flask_swagger_ui.__file__), "dist")
+app.register_blueprint(Blueprint("docs", "app", static_folder=swagger_ui, static_url_path="/docs"))
+
+
+@app.get("/openapi.json")
+def openapi_json():
+    """This API as an OpenAPI 3.1 document, made from the program itself."""
+    return description()
+
+
+@cache
+def description() -> dict:
+    return openapi.document(app, VERSION, STATUS)
 
 
 @app.get("/health")

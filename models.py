@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 import psycopg2.extensions
 import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, bindparam
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -261,9 +261,14 @@ class Refused(Exception):
         self.code, self.detail, self.members = code, detail, members
 
 
+TICKER = r"[.\-=^]*[A-Za-z0-9][A-Za-z0-9.\-=^]*"
+EMAIL = "[!-?A-~]+@[!-?A-~]+"
+API_KEY = "[!-~]{8,255}"
+
+
 def checked_ticker(text: str) -> str:
     """`text` in upper case, if it can be a ticker. Checked first: `"ı".upper()` is `"I"`."""
-    if not re.fullmatch(r"[A-Za-z0-9.\-=^]{1,20}", text) or not re.search(r"[A-Za-z0-9]", text):
+    if len(text) > 20 or not re.fullmatch(TICKER, text):
         raise ValueError("must be 1 to 20 letters, digits and . - = ^")
     return text.upper()
 
@@ -300,23 +305,37 @@ def checked_cash(value) -> Decimal:
 
 
 def checked_email(text: str) -> str:
-    if len(text) > 254 or not re.fullmatch(r"[!-?A-~]+@[!-?A-~]+", text):
+    if len(text) > 254 or not re.fullmatch(EMAIL, text):
         raise ValueError("must be an email address such as alice@example.com")
     return text.lower()
 
 
 def checked_key(text: str) -> str:
-    if not re.fullmatch(r"[!-~]{8,255}", text):
+    if not re.fullmatch(API_KEY, text):
         raise ValueError("must be 8 to 255 printable ASCII characters without spaces")
     return text
 
 
-Ticker = Annotated[str, AfterValidator(checked_ticker)]
+def text_like(pattern: str, **more) -> WithJsonSchema:
+    """What a check says, for /openapi.json."""
+    return WithJsonSchema({"type": "string", "pattern": f"^{pattern}$", **more})
+
+
+def number_below(limit: Decimal, **more) -> WithJsonSchema:
+    number = {"type": "number", "exclusiveMaximum": int(limit), "multipleOf": 1e-8, **more}
+    not_zero = r"(?!0+(\.0+)?$)" if "exclusiveMinimum" in more else ""
+    digits = {"type": "string", "pattern": rf"^{not_zero}[0-9]{{1,10}}(\.[0-9]{{1,8}})?$"}
+    return WithJsonSchema({"anyOf": [number, digits]})
+
+
+Ticker = Annotated[str, AfterValidator(checked_ticker), text_like(TICKER, maxLength=20, examples=["AAPL"])]
 Action = Literal["buy", "sell"]
-OrderAmount = Annotated[Decimal, BeforeValidator(checked_amount)]
-Cash = Annotated[Decimal, BeforeValidator(checked_cash)]
-Email = Annotated[str, AfterValidator(checked_email)]
-ApiKey = Annotated[str, AfterValidator(checked_key)]
+OrderAmount = Annotated[
+    Decimal, BeforeValidator(checked_amount), number_below(ORDER_LIMIT, exclusiveMinimum=0)
+]
+Cash = Annotated[Decimal, BeforeValidator(checked_cash), number_below(ACCOUNT_LIMIT, minimum=0)]
+Email = Annotated[str, AfterValidator(checked_email), text_like(EMAIL, maxLength=254)]
+ApiKey = Annotated[str, AfterValidator(checked_key), text_like(API_KEY)]
 Moment = Annotated[datetime, BeforeValidator(moment_from)]
 
 

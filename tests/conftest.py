@@ -229,7 +229,7 @@ class Database:
 def program(tmp_path_factory) -> Path:
     """A copy of the program: what it keeps under instance/, such as Yahoo's cookie, goes with it."""
     folder = tmp_path_factory.mktemp("program")
-    for file in ("app.py", "models.py", "pricing.py"):
+    for file in ("app.py", "models.py", "pricing.py", "openapi.py"):
         shutil.copy(ROOT / file, folder)
     for part in ("migrations", "sample_market", "static"):
         shutil.copytree(ROOT / part, folder / part)

@@ -499,3 +499,23 @@ def test_axe_finds_nothing_serious(visit, colours):
     visit.page.evaluate("sayAway('The server does not answer.')")
     assert serious_violations() == []
     visit.overlook("Failed to load resource")
+
+
+# The API's page
+
+
+def test_the_api_is_tried_out_on_its_page(browser, alice):
+    with visiting(browser, alice) as visit:
+        visit.opens_the_page().page.get_by_role("link", name="API", exact=True).click()
+        visit.page.get_by_role("button", name="Authorize").first.click()
+        dialog = visit.page.locator(".dialog-ux")
+        dialog.locator(".auth-container", has_text="trader").locator("input").fill(alice.key)
+        dialog.get_by_role("button", name="Apply credentials").first.click()
+        dialog.get_by_role("button", name="Close").last.click()
+        trade = visit.page.locator("#operations-trading-trade")
+        trade.locator(".opblock-summary-control").click()
+        trade.get_by_role("button", name="Try it out").click()
+        trade.locator("textarea").fill('{"ticker": "AAPL", "action": "buy", "quantity": "2"}')
+        trade.get_by_role("button", name="Execute").click()
+        expect(trade.locator(".live-responses-table .response-col_status").last).to_contain_text("200")
+    assert alice.holdings["AAPL"][0] == 2

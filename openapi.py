@@ -1,0 +1,431 @@
+"""The API described as OpenAPI 3.1, read off the program itself so that the two cannot drift apart.
+
+What a route is for is in its docstring. What it takes and how it refuses is in its code, `query(Page)`,
+`read(Order)`, `Refused("not_found", ...)`: `calls` finds these, in the route and in every function of ours
+that it calls. What it answers is named here, in `MEMBERS` and `SHAPES`: no answer passes through them, which
+would cost time, but the tests hold every answer to them.
+"""
+
+import ast
+import inspect
+import re
+import textwrap
+from collections import defaultdict
+from pathlib import Path
+
+from flask import Flask
+from pydantic import TypeAdapter
+from werkzeug.routing import IntegerConverter
+
+HERE = Path(__file__).parent
+ABOUT = "Trades as a broker would book them. Amounts are exact decimals in US dollars, times are UTC."
+
+
+def members(kind: str, unit: str, example, **names: str) -> dict:
+    """The schemas of members that have a kind, a unit and an example in common; each has its own meaning."""
+    schema = {"type": kind} | ({} if example is None else {"examples": [example]})
+    return {
+        name: schema | {"description": f"{meaning} ({unit})" if unit else meaning}
+        for name, meaning in names.items()
+    }
+
+
+TIMES = members(
+    *("string", "RFC 3339, UTC", "2012-06-01T00:00:00Z"),
+    timestamp="When this was so; of a price, when it was taken",
+    valid_until="Until when trades are judged by this price",
+    price_timestamp="When `current_price` was taken",
+    now="The market's time, in the recorded past",
+    first_bar="Where the recorded market begins",
+    last_bar="Where it ends",
+    created_at="When the account was opened",
+    closed_at="When it was closed",
+)
+MEMBERS = (
+    {name: schema | {"format": "date-time"} for name, schema in TIMES.items()}
+    | members(
+        *("number", "US dollars, exact, at most 8 decimals", 1502.5),
+        cash_balance="Cash; on a trade, after it",
+        cash="Cash",
+        total_amount="Quantity x price",
+        commission="What the broker took",
+        commission_min="The least commission",
+        cost_basis="What the holding cost, with commission",
+        total_invested_value="What the holdings cost",
+        market_value="What a sale would bring",
+        equity="Cash and market value",
+        unrealized_pnl="Profit of what is held",
+        realized_pnl="Profit of what was sold",
+        total_pnl="Realised and unrealised profit",
+        starting_cash="What a run begins with",
+        account="Cash and each holding stay below this",
+        order="A quantity and a price stay below this",
+        limit="The amount to stay below",
+        required="What the order needs: dollars or shares",
+        available="What there is: dollars or shares",
+    )
+    | members(
+        *("number", "dollars for one share or coin, exact, at most 8 decimals", 150.25),
+        price="Price",
+        market_price="What the market asks",
+        current_price="What the market asks now",
+        average_price="Cost basis / quantity",
+    )
+    | members("number", "shares or coins, exact, at most 8 decimals", 10, quantity="Quantity")
+    | members(
+        *("number", "percent", 1.25),
+        unrealized_pnl_percent="Unrealised profit of the cost basis",
+        total_return_percent="Profit of the starting cash",
+        max_drawdown_percent="The deepest fall of equity from a peak",
+        win_rate_percent="Sales that brought a profit",
+        cpu_percent="How busy the processor is",
+    )
+    | members(
+        *("number", "hundredths of a percent", 5),
+        commission_bps="Commission",
+        slippage_bps="What a market order loses to the market price",
+    )
+    | members("number", "GiB", 1.5, memory_total_gb="Memory", memory_available_gb="Memory to spare")
+    | members("number", "ms", 1.5, latency_ms="Time to answer", p50="Median", p95="Of 95 %", p99="Of 99 %")
+    | members("number", "", 1.25, profit_factor="What winning sales gained / what losing sales lost")
+    | members(
+        *("integer", "", 1),
+        user_id="The account's number",
+        run="Counts how often the account has started over",
+        trades="How many trades",
+        body_bytes="Bytes of a request's body at the most",
+        price_cache_seconds="How long a quote holds",
+        status="The answer's status once more",
+        uptime_seconds="How long this process has run",
+        cpu_count="Processors",
+        count="Requests answered",
+        errors="Of these, answered with a status of 500 or above",
+    )
+    | members(
+        *("string", "", "42"),
+        id="The trade's number; `null` when rehearsed",
+        trade_id="The trade that the key belongs to",
+        next_cursor="`cursor` of the next page; `null` on the last one",
+    )
+    | members("string", "", "AAPL", ticker="Ticker")
+    | members("string", "", "USD", currency="ISO code, as far as the source names one")
+    | members("string", "", "alice@example.com", email="Email address")
+    | members(
+        *("string", "", None),
+        api_key="The API key; it is shown this once",
+        version="The program's version",
+        type="`about:blank`",
+        title="The code, to read",
+        code="What a bot goes by; it never changes",
+        detail="What is wrong, in a sentence",
+        field="Which field",
+        message="What is wrong with it",
+        engine="Which database",
+        platform="Operating system",
+        platform_version="Its version",
+        architecture="Processor's kind",
+        python_version="Python's version",
+    )
+    | members("boolean", "", True, ok="Whether the books hold", closed="Closed", dry_run="Only rehearsed")
+)
+
+SHAPES = {
+    "Balance": "user_id cash_balance",
+    "Price": "ticker price currency? source=Source timestamp valid_until?",
+    "Holding": "ticker quantity average_price cost_basis current_price? market_value? unrealized_pnl? "
+    "unrealized_pnl_percent? price_timestamp?",
+    "Portfolio": "user_id cash_balance holdings=[Holding] total_invested_value market_value? equity? "
+    "unrealized_pnl? realized_pnl total_pnl?",
+    "Trade": "id? user_id ticker trade_type=Action quantity price total_amount commission realized_pnl? "
+    "cash_balance market_price price_source=Source timestamp run dry_run~",
+    "Trades": "trades=[Trade] next_cursor?",
+    "Run": "user_id run cash_balance",
+    "Point": "timestamp cash market_value? equity?",
+    "Summary": "starting_cash equity? total_return_percent? max_drawdown_percent trades realized_pnl "
+    "win_rate_percent? profit_factor? commission",
+    "History": "run points=[Point] summary=Summary",
+    "Audit": "ok trades differences=[Sentence]",
+    "Costs": "commission_bps commission_min slippage_bps",
+    "Limits": "order account body_bytes",
+    "Scales": "quantity=Decimals price=Decimals total_amount=Decimals percent=Decimals",
+    "Rules": "rules=[Sentence] order_types=[OrderType] costs=Costs limits=Limits scales=Scales starting_cash "
+    "price_sources=[Source] price_cache_seconds",
+    "Market": "source=Source clock=Clock now first_bar last_bar tickers=[Symbol] pins=Pins",
+    "OpenedAccount": "user_id email cash_balance api_key",
+    "Account": "user_id email created_at closed_at? cash_balance",
+    "Accounts": "users=[Account]",
+    "NewKey": "user_id api_key",
+    "ClosedAccount": "user_id closed",
+    "Server": "platform platform_version architecture python_version cpu_count? memory_total_gb "
+    "memory_available_gb cpu_percent",
+    "Database": "status=Health engine latency_ms?",
+    "Latency": "p50 p95 p99",
+    "Requests": "count errors latency_ms=Latency",
+    "ServerHealth": "status=Health timestamp version uptime_seconds server_info=Server database=Database "
+    "prices=Prices requests=Requests",
+    "BadField": "field message",
+    "Problem": "type title status detail code errors=[BadField]~ required~ available~ price~ market_price~ "
+    "limit~ ticker~ currency?~ trade_id~",
+}
+"""What answers consist of. `?` may be null, `~` may be missing, `=` names a shape, `[...]` is a list."""
+
+ANSWERS = {
+    "Balance": "balance",
+    "Price": "price",
+    "Portfolio": "portfolio",
+    "Trade": "trade one_trade",
+    "Trades": "trades",
+    "Run": "reset",
+    "History": "account_history",
+    "Audit": "audit",
+    "Rules": "rules",
+    "Market": "market_state set_clock advance pin_price unpin_price",
+    "OpenedAccount": "open_account",
+    "Accounts": "accounts",
+    "NewKey": "new_key",
+    "ClosedAccount": "close_account",
+    "ServerHealth": "health",
+    "OpenAPI": "openapi_json",
+    "text/csv": "trades_csv",
+    "text/html": "dashboard docs",
+}
+"""Which routes answer what."""
+
+
+def one_of(*values: str) -> dict:
+    return {"type": "string", "enum": list(values)}
+
+
+SIMPLE = {
+    "Action": one_of("buy", "sell"),
+    "Clock": one_of("wall", "manual"),
+    "Health": one_of("healthy", "unhealthy"),
+    "OrderType": one_of("limit", "market"),
+    "Source": one_of("yahoo_finance", "yahoo", "alphavantage", "sample"),
+    "Symbol": MEMBERS["ticker"],
+    "Decimals": {"type": "integer", "description": "Decimals at the most"},
+    "Sentence": {"type": "string"},
+    "Pins": {"type": "object", "additionalProperties": MEMBERS["price"]},
+    "Prices": {"type": "object", "description": "What the cache and each price source have seen"},
+    "OpenAPI": {"type": "object"},
+    "text/csv": {"type": "string"},
+    "text/html": {"type": "string"},
+}
+
+
+def shape(name: str) -> dict:
+    """The JSON schema of one of `SHAPES`."""
+    required, properties = [], {}
+    for member, is_list, of, marks in re.findall(r"(\w+)(?:=(\[?)(\w+)\]?)?([?~]*)", SHAPES[name]):
+        schema = MEMBERS[member] if not of else SIMPLE.get(of, {"$ref": f"#/components/schemas/{of}"})
+        if is_list:
+            schema = {"type": "array", "items": schema}
+        if "?" in marks:
+            schema = schema | {"type": [schema["type"], "null"]}
+        properties[member] = schema
+        required += [] if "~" in marks else [member]
+    return {"type": "object", "properties": properties, "required": required}
+
+
+KEYS = {
+    "trader": "The API key of an account.",
+    "admin": "The server's `ADMIN_API_KEY`, which manages accounts.",
+}
+TAGS = {
+    "/api/": "trading",
+    "/api/v1/account": "results",
+    "/api/v1/market": "sample market",
+    "/api/v1/users": "accounts (admin)",
+    "/": "server",
+}
+REQUEST_HEADERS = {
+    "Idempotency-Key": {
+        "description": "Makes the order safe to repeat for ever: it is booked once, and answered the same",
+        "schema": {"type": "string", "maxLength": 255, "pattern": "^[!-~]([ -~]*[!-~])?$"},
+    },
+    "X-Simulate-Fault": {
+        "description": "A drill, on the sample market only: this request fails that way",
+        "schema": {
+            "type": "string",
+            "pattern": "^(price_unavailable|rate_limited|error_before_commit|error_after_commit"
+            "|latency=[0-9]{1,5})$",
+            "examples": ["error_after_commit", "latency=500"],
+        },
+    },
+}
+REPLAYED = {"Idempotent-Replayed": "`true` when this is the first answer once more"}
+RESPONSE_HEADERS = {
+    401: {"WWW-Authenticate": "`Bearer`"},
+    405: {"Allow": "The methods that this path answers"},
+    429: {"Retry-After": "Seconds to wait"},
+    503: {"Retry-After": "Seconds to wait"},
+}
+
+
+def calls(function, app: Flask, found: dict[str, set] | None = None) -> dict[str, set]:
+    """The first arguments with which `function`, and all of ours that it calls, calls each name."""
+    found = defaultdict(set) if found is None else found
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    if not code or Path(code.co_filename).parent != HERE or code in found["seen"]:
+        return found
+    found["seen"].add(code)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            first = node.args[0] if node.args else None
+            is_text = isinstance(first, ast.Constant)
+            argument = first.value if is_text else meant(first, function)
+            found[ast.unparse(node.func)] |= {argument} if isinstance(argument, str | type) else set()
+            for called in (node.func, *node.args):  # A function that is handed on is called as well.
+                calls(meant(called, function), app, found)
+        elif isinstance(node, ast.Raise):
+            handlers = app.error_handler_spec[None][None]
+            calls(handlers.get(meant(node.exc, function)), app, found)
+    return found
+
+
+def meant(node, function):
+    """What a name in `function` stands for; `account.fill` and `self.fill` are found on their class."""
+    names = function.__globals__
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        owner = node.value.id
+        if owner in ("self", "cls"):
+            owner = function.__qualname__.split(".")[0]
+        thing = names.get(owner, names.get(owner.capitalize()))
+        return getattr(thing if isinstance(thing, type) else type(thing), node.attr, None)
+    return None
+
+
+def statuses(view) -> set[int]:
+    """With what a route answers where nothing is refused: the second part of what it returns, or 200."""
+    returned = [n.value for n in ast.walk(ast.parse(inspect.getsource(view))) if isinstance(n, ast.Return)]
+    parts = [node for value in returned if isinstance(value, ast.Tuple) for node in ast.walk(value.elts[1])]
+    return {part.value for part in parts if isinstance(part, ast.Constant)} or {200}
+
+
+def tidy(schema):
+    """A schema of pydantic's without its titles, and without the None that stands for "left out"."""
+    if isinstance(schema, list):
+        return [tidy(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: tidy(part)
+        for name, part in schema.items()
+        if not (name == "title" and isinstance(part, str)) and not (name == "default" and part is None)
+    }
+
+
+def headers(told: dict[str, str]) -> dict:
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in told.items()}
+
+
+def document(app: Flask, version: str, status_of: dict[str, int]) -> dict:
+    """The OpenAPI document of `app`; `status_of` knows the status of every refusal."""
+    rules = [rule for rule in app.url_map.iter_rules() if not rule.endpoint.endswith("static")]
+    views = {rule.endpoint: app.view_functions[rule.endpoint] for rule in rules}
+    found = {endpoint: calls(view, app) for endpoint, view in views.items()}
+    models = {m for f in found.values() for name in ("query", "read", "checked") for m in f[name] if m}
+    requests = [(model, "validation", TypeAdapter(model)) for model in models]
+    _, asked = TypeAdapter.json_schemas(requests, ref_template="#/components/schemas/{model}")
+    components = tidy(asked["$defs"]) | {name: shape(name) for name in SHAPES}
+    whole = components.pop("Problem")
+    for status in set(status_of.values()):
+        codes = [code for code in status_of if status_of[code] == status]
+        own = {"status": {"type": "integer", "const": status}, "code": one_of(*codes)}
+        components[f"Problem{status}"] = whole | {"properties": whole["properties"] | own}
+
+    def problem(status: int, codes: set[str]) -> dict:
+        schema = {"$ref": f"#/components/schemas/Problem{status}"}
+        code = min(codes)
+        example = {"type": "about:blank", "title": code.replace("_", " ").capitalize(), "status": status}
+        example |= {"detail": "Why, in a sentence.", "code": code}
+        return {
+            "description": ", ".join(f"`{code}`" for code in sorted(codes)),
+            "headers": headers(RESPONSE_HEADERS.get(status, {})),
+            "content": {"application/problem+json": {"schema": schema, "example": example}},
+        }
+
+    def parameters(model, place: str, names=None) -> list[dict]:
+        schema = components[model.__name__]
+        return [
+            {"name": name, "in": place, "required": place == "path" or name in schema.get("required", [])}
+            | {"schema": own, "description": own.get("description", "")}
+            for name, own in schema.get("properties", {}).items()
+            if names is None or name in names
+        ]
+
+    def operation(rule) -> dict:
+        view, called = views[rule.endpoint], found[rule.endpoint]
+        summary, _, description = inspect.getdoc(view).partition("\n")
+        codes = {"internal_error"} | called["Refused"] | called["problem"]
+        if called["read"]:
+            codes |= {"too_large"}
+        if rule.arguments:
+            codes |= {"not_found"}
+        told = {"operationId": rule.endpoint, "summary": summary, "description": description.strip()}
+        told["tags"] = [TAGS[max((path for path in TAGS if rule.rule.startswith(path)), key=len)]]
+        told["security"] = []
+        if rule.rule.startswith("/api/"):
+            guard = calls(app.dispatch_request, app)
+            codes |= {"database_unavailable", "rate_limited"} | guard["Refused"]
+            told["security"] = [{"admin" if "admin" in told["tags"][0] else "trader": []}]
+        codes &= status_of.keys()
+
+        answer = next(name for name, endpoints in ANSWERS.items() if rule.endpoint in endpoints.split())
+        kind = answer if "/" in answer else "application/json"
+        schema = SIMPLE.get(answer, {"$ref": f"#/components/schemas/{answer}"})
+        replayed = headers(REPLAYED if "Idempotency-Key" in called["request.headers.get"] else {})
+        told["responses"] = {
+            str(status): {"description": summary, "headers": replayed, "content": {kind: {"schema": schema}}}
+            for status in sorted(statuses(view))
+        }
+        for status in sorted({status_of[code] for code in codes}):
+            told["responses"][str(status)] = problem(status, {c for c in codes if status_of[c] == status})
+
+        told["parameters"] = [
+            {"name": name, "in": "header", **REQUEST_HEADERS[name]}
+            for name in sorted(called["request.headers.get"])
+        ]
+        for name in rule.arguments:
+            converter, schema = rule._converters[name], {"type": "string"}
+            if isinstance(converter, IntegerConverter):
+                schema = {"type": "integer", "minimum": 0, "maximum": converter.max}
+            told["parameters"] += [{"name": name, "in": "path", "required": True, "schema": schema}]
+        for model in called["checked"] & models:
+            names = {parameter["name"] for parameter in parameters(model, "path")}
+            told["parameters"] = [p for p in told["parameters"] if p["name"] not in names]
+            told["parameters"] += parameters(model, "path")
+        for model in called["query"] & models:
+            told["parameters"] += parameters(model, "query")
+        for model in called["read"] & models:
+            schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+            must = model.__name__ not in called  # `Reset()`: it has a default for a body that is left out.
+            told["requestBody"] = {"required": must, "content": {"application/json": {"schema": schema}}}
+        return told
+
+    paths = defaultdict(dict)
+    for rule in rules:
+        for method in rule.methods - {"HEAD", "OPTIONS"}:
+            path = re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule)
+            paths[path][method.lower()] = operation(rule)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "IBKR Broker Simulator", "version": version, "description": ABOUT},
+        "servers": [{"url": "/"}],
+        "tags": [{"name": tag} for tag in TAGS.values()],
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "responses": {
+                str(status): problem(status, {c for c in status_of if status_of[c] == status})
+                for status in sorted(set(status_of.values()))
+            },
+            "securitySchemes": {
+                name: {"type": "http", "scheme": "bearer", "description": text} for name, text in KEYS.items()
+            },
+        },
+    }

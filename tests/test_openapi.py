@@ -1,0 +1,243 @@
+"""The API's description is true: every answer keeps to it, and what is made from it works."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+import simplejson
+from conftest import ADMIN, ROOT, Trader
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import validate
+
+TOOLS = Path(sys.executable).parent
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def app():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRICE_SOURCES", "sample")
+        patch.syspath_prepend(ROOT)
+        import app
+
+        yield app
+
+
+@pytest.fixture(scope="module")
+def description(server) -> dict:
+    return requests.get(f"{server.url}/openapi.json", timeout=30).json()
+
+
+def closed(schema):
+    """`schema` with no member allowed that it does not name."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    own = {"additionalProperties": False} if isinstance(schema.get("properties"), dict) else {}
+    return {name: closed(part) for name, part in schema.items()} | own
+
+
+class Witness:
+    """Holds each answer to the description, and remembers which ones it has seen."""
+
+    def __init__(self, description: dict):
+        self.description, self.seen = description, set()
+
+    def hears(self, response: requests.Response) -> None:
+        path, method = urlsplit(response.url).path, response.request.method.lower()
+        known = sorted(self.description["paths"], key=lambda known: known.count("{"))
+        path = next(p for p in known if re.fullmatch(re.sub(r"\\?{\w+\\?}", "[^/]+", re.escape(p)), path))
+        told = self.description["paths"][path][method]["responses"][str(response.status_code)]
+        kind = response.headers["Content-Type"].split(";")[0]
+        assert [kind] == list(told["content"]), response.text
+        if kind.endswith("json"):
+            document = simplejson.loads(response.text)
+            schema = {"components": self.description["components"], **told["content"][kind]["schema"]}
+            faults = [error.message for error in Draft202012Validator(closed(schema)).iter_errors(document)]
+            assert not faults, (response.text, faults)
+            if kind == "application/problem+json":
+                assert f"`{document['code']}`" in told["description"]
+                assert set(told["headers"]) <= set(response.headers)
+        self.seen.add((path, method, response.status_code))
+
+
+def test_the_description_is_valid(description):
+    validate(description)
+
+
+def test_every_route_is_described_and_nothing_else(app, description):
+    served = {
+        (method.lower(), re.sub(r"<(?:int.*?:)?(.+?)>", r"{\1}", rule.rule))
+        for rule in app.app.url_map.iter_rules()
+        for method in rule.methods - {"HEAD", "OPTIONS"}
+        if not rule.endpoint.endswith("static")
+    }
+    told = {(method, path) for path, methods in description["paths"].items() for method in methods}
+    assert told == served
+
+
+def test_every_code_is_described_with_its_status(app, description):
+    told = {
+        code: int(status)
+        for status, response in description["components"]["responses"].items()
+        for code in re.findall(r"`(\w+)`", response["description"])
+    }
+    assert told == app.STATUS
+    for code, status in app.STATUS.items():
+        assert code in description["components"]["schemas"][f"Problem{status}"]["properties"]["code"]["enum"]
+
+
+def test_each_route_tells_its_own_refusals(description):
+    """As read off the program: through functions, methods, exception handlers and the guard."""
+    trade = description["paths"]["/api/v1/trade"]["post"]
+    told = {status: response["description"] for status, response in trade["responses"].items()}
+    for status, code in {"409": "insufficient_shares", "422": "idempotency_key_reused"}.items():
+        assert f"`{code}`" in told[status]
+    assert "`outcome_unknown`" in told["503"]
+    assert "`unauthorized`" in told["401"]
+    assert [p["name"] for p in trade["parameters"]] == ["Idempotency-Key", "X-Simulate-Fault", "dry_run"]
+    assert "Idempotent-Replayed" in trade["responses"]["200"]["headers"]
+    assert "409" not in description["paths"]["/api/v1/balance"]["get"]["responses"]
+
+
+def test_every_route_answers_as_described(description, alice, server):
+    """Each success that is described is seen here, and the refusals that a trader can bring about."""
+    witness = Witness(description)
+    alice.session.hooks["response"] = lambda response, **_: witness.hears(response)
+    admin = Trader(server, "", ADMIN, 0)
+    admin.session.hooks = alice.session.hooks
+    for path in ("/", "/docs", "/openapi.json", "/health"):
+        alice.ask("GET", path)
+    alice.ask("PUT", "/api/v1/market/clock", json={"at": None})
+    alice.ask("POST", "/api/v1/market/advance")
+    alice.ask("PUT", "/api/v1/market/clock", json={"at": "2012-06-01T00:00:00Z"})
+    alice.ask("PUT", "/api/v1/market/clock", json={"at": "yesterday"})
+    alice.ask("POST", "/api/v1/market/advance", json={"bars": 2})
+    alice.ask("PUT", "/api/v1/market/prices/IBM", json={"price": "150.25"})
+    for path in ("price/IBM", "price/NOPE", "price/!", "account/history", "rules", "market", "trades/0"):
+        alice.ask("GET", f"/api/v1/{path}")
+    for order in (("buy", 10, "IBM"), ("buy", 3, "AAPL", "700.5"), ("sell", "2.5", "IBM")):
+        alice.order(*order)
+    for order in (("buy", 10, "IBM", 1), ("sell", 1, "IBM", 900), ("buy", 10**9, "IBM"), ("sell", 99, "IBM")):
+        assert alice.order(*order).status_code == 409
+    alice.order("buy", 1, "NOPE")
+    alice.ask("POST", "/api/v1/trade", data="{", headers=JSON)
+    alice.ask("POST", "/api/v1/trade", data="{}")
+    alice.ask("POST", "/api/v1/trade", data=" " * 70_000, headers=JSON | {"Connection": "close"})
+    for fault in ("rate_limited", "price_unavailable", "error_before_commit", "error_after_commit"):
+        alice.order("buy", 1, "IBM", fault=fault)
+    alice.order("buy", 1, "IBM", key="one")
+    assert alice.order("buy", 1, "IBM", key="one").headers["Idempotent-Replayed"] == "true"
+    assert alice.order("buy", 2, "IBM", key="one").status_code == 422
+    alice.ask("POST", "/api/v1/trade?dry_run=true", json={"ticker": "IBM", "action": "buy", "quantity": 1})
+    newest = alice.get("/api/v1/trades", limit=1)["trades"][0]["id"]
+    paths = ("balance", "portfolio", f"trades/{newest}", "trades.csv", "account/history", "account/audit")
+    for path in (*paths, "users", "balance?what=1", "account/history?run=9"):
+        alice.ask("GET", f"/api/v1/{path}")
+    alice.ask("DELETE", "/api/v1/market/prices/IBM")
+    alice.ask("POST", "/api/v1/account/reset")
+    new = admin.ask("POST", "/api/v1/users", json={"email": f"new-{alice.email}"}).json()
+    admin.ask("POST", "/api/v1/users", json={"email": f"new-{alice.email}"})
+    admin.ask("POST", f"/api/v1/users/{new['user_id']}/rotate-key")
+    admin.ask("DELETE", f"/api/v1/users/{new['user_id']}")
+    admin.ask("DELETE", f"/api/v1/users/{new['user_id']}")
+    assert admin.ask("DELETE", f"/api/v1/users/{10**30}").status_code == 404
+    admin.ask("GET", "/api/v1/users")
+    admin.ask("GET", "/api/v1/balance")
+    del alice.session.headers["Authorization"]
+    alice.ask("GET", "/api/v1/balance")
+    described = {
+        (path, method, int(status))
+        for path, methods in description["paths"].items()
+        for method, operation in methods.items()
+        for status in operation["responses"]
+        if status.startswith("2")
+    }
+    assert described <= witness.seen
+
+
+def without_drills(description: dict) -> dict:
+    """The description less the header that asks for the 5xx which must not be found."""
+    copy = simplejson.loads(simplejson.dumps(description))
+    trade = copy["paths"]["/api/v1/trade"]["post"]
+    trade["parameters"] = [p for p in trade["parameters"] if p["name"] != "X-Simulate-Fault"]
+    return copy
+
+
+SCHEMATHESIS = """
+[checks.positive_data_acceptance]
+expected-statuses = [200, 201, 401, 403, 404, 409, 422]
+
+# Well formed, and refused for what it means: a page that is not one's own, a time that is not recorded.
+[[operations]]
+include-name = ["GET /api/v1/trades", "PUT /api/v1/market/clock"]
+[operations.checks.positive_data_acceptance]
+expected-statuses = [200, 400, 401, 403]
+"""
+
+
+@pytest.mark.parametrize("who", ["trader", "admin"])
+def test_random_requests_find_no_fault_and_no_answer_that_is_not_described(who, description, alice, tmp_path):
+    (tmp_path / "openapi.json").write_text(simplejson.dumps(without_drills(description)))
+    (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS)
+    key, paths = (alice.key, "^(?!/api/v1/users)") if who == "trader" else (ADMIN, "^/api/v1/users")
+    command = [TOOLS / "schemathesis", "run", "openapi.json", "--url", alice.server.url, "--checks", "all"]
+    command += ["-H", f"Authorization: Bearer {key}", "--include-path-regex", paths, "--no-color"]
+    command += ["--phases", "examples,coverage,fuzzing", "--max-examples", "5", "--seed", "1"]
+    command += ["--generation-database", "none"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    tested = int(re.search(r"Tested: (\d+)", run.stdout)[1])
+    told = [
+        method
+        for path in description["paths"]
+        if re.match(paths, path)
+        for method in description["paths"][path]
+    ]
+    assert tested == len(told)
+
+
+def test_a_client_made_from_the_description_trades(description, alice, tmp_path, monkeypatch):
+    (tmp_path / "openapi.json").write_text(simplejson.dumps(description))
+    made = subprocess.run(
+        [TOOLS / "openapi-python-client", "generate", "--path", "openapi.json", "--meta", "none"]
+        + ["--output-path", "broker_client", "--fail-on-warning"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": f"{TOOLS}:{Path(shutil.which('env')).parent}"},
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    alice.sees("IBM", at="150.25")
+    bot = f"""
+from broker_client import AuthenticatedClient
+from broker_client.api.trading import trade
+from broker_client.models import Order, OrderAction
+client = AuthenticatedClient(base_url="{alice.server.url}", token="{alice.key}")
+order = Order(ticker="IBM", action=OrderAction.BUY, quantity="10", price="150.25")
+print(trade.sync(client=client, body=order, idempotency_key="one").total_amount)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", bot], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout == "1502.5\n", ran.stdout + ran.stderr
+    assert alice.holdings["IBM"] == (10, 1502.5)
+
+
+def test_the_page_is_served_whole_and_asks_nobody_else(server):
+    page = requests.get(f"{server.url}/docs", timeout=30)
+    policy = page.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "http" not in page.text + policy
+    for asset in re.findall(r'(?:src|href)="([^"]+)"', page.text):
+        assert requests.get(server.url + asset, timeout=30).status_code == 200, asset
+    script = requests.get(f"{server.url}/static/docs.js", timeout=30).text
+    assert "http" not in script
+    assert 'url: "/openapi.json"' in script
