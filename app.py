@@ -877,25 +877,24 @@ def close_account(user_id: int):
 @app.get("/")
 def dashboard():
     """The dashboard: a page to look at an account and to trade by hand."""
-    page = app.send_static_file("index.html")
-    page.headers["Cache-Control"] = "no-cache"
-    page.headers["Content-Security-Policy"] = (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return page
+    return page("index.html")
 
 
 @app.get("/docs")
 def docs():
     """The API to read and to try out with your key, in the browser."""
-    page = app.send_static_file("docs.html")
-    page.headers["Cache-Control"] = "no-cache"
-    page.headers["Content-Security-Policy"] = (
+    return page("docs.html")
+
+
+def page(file: str) -> Response:
+    """One of our pages, which the browser lets speak to this server alone."""
+    response = app.send_static_file(file)
+    response.headers["Cache-Control"] = "no-cache"
+    response.headers["Content-Security-Policy"] = (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return page
+    return response
 
 
 # Swagger UI's own files come from its package: /docs asks no other host for anything.
@@ -904,13 +903,9 @@ app.register_blueprint(Blueprint("docs", "app", static_folder=swagger_ui, static
 
 
 @app.get("/openapi.json")
+@cache
 def openapi_json():
     """This API as an OpenAPI 3.1 document, made from the program itself."""
-    return description()
-
-
-@cache
-def description() -> dict:
     return openapi.document(app, VERSION, STATUS)
 
 

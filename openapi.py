@@ -11,10 +11,11 @@ import inspect
 import re
 import textwrap
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from flask import Flask
-from pydantic import TypeAdapter
+from pydantic import BaseModel
 from werkzeug.routing import IntegerConverter
 
 HERE = Path(__file__).parent
@@ -306,17 +307,22 @@ def statuses(view) -> set[int]:
     return {part.value for part in parts if isinstance(part, ast.Constant)} or {200}
 
 
-def tidy(schema):
-    """A schema of pydantic's without its titles, and without the None that stands for "left out"."""
-    if isinstance(schema, list):
-        return [tidy(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        name: tidy(part)
-        for name, part in schema.items()
-        if not (name == "title" and isinstance(part, str)) and not (name == "default" and part is None)
-    }
+def schema_of(model: type[BaseModel]) -> dict:
+    """Pydantic's schema of a request, without its titles and the None that stands for "left out"."""
+
+    def tidy(schema: dict) -> dict:
+        return {
+            name: part
+            for name, part in schema.items()
+            if name != "title" and (name, part) != ("default", None)
+        }
+
+    schema = tidy(model.model_json_schema())
+    return schema | {"properties": {name: tidy(own) for name, own in schema.get("properties", {}).items()}}
+
+
+def fields_of(model: type[BaseModel]) -> Iterable[tuple[str, dict]]:
+    return schema_of(model)["properties"].items()
 
 
 def headers(told: dict[str, str]) -> dict:
@@ -328,35 +334,32 @@ def document(app: Flask, version: str, status_of: dict[str, int]) -> dict:
     rules = [rule for rule in app.url_map.iter_rules() if not rule.endpoint.endswith("static")]
     views = {rule.endpoint: app.view_functions[rule.endpoint] for rule in rules}
     found = {endpoint: calls(view, app) for endpoint, view in views.items()}
-    models = {m for f in found.values() for name in ("query", "read", "checked") for m in f[name] if m}
-    requests = [(model, "validation", TypeAdapter(model)) for model in models]
-    _, asked = TypeAdapter.json_schemas(requests, ref_template="#/components/schemas/{model}")
-    components = tidy(asked["$defs"]) | {name: shape(name) for name in SHAPES}
+    guard = calls(app.dispatch_request, app)
+    bodies = {model for called in found.values() for model in called["read"]}
+    components = {model.__name__: schema_of(model) for model in bodies} | {
+        name: shape(name) for name in SHAPES
+    }
     whole = components.pop("Problem")
     for status in set(status_of.values()):
         codes = [code for code in status_of if status_of[code] == status]
         own = {"status": {"type": "integer", "const": status}, "code": one_of(*codes)}
         components[f"Problem{status}"] = whole | {"properties": whole["properties"] | own}
 
-    def problem(status: int, codes: set[str]) -> dict:
+    def problem(status: int, codes: list[str]) -> dict:
         schema = {"$ref": f"#/components/schemas/Problem{status}"}
-        code = min(codes)
-        example = {"type": "about:blank", "title": code.replace("_", " ").capitalize(), "status": status}
-        example |= {"detail": "Why, in a sentence.", "code": code}
+        title = codes[0].replace("_", " ").capitalize()
+        example = {
+            "type": "about:blank",
+            "title": title,
+            "status": status,
+            "detail": "Why.",
+            "code": codes[0],
+        }
         return {
-            "description": ", ".join(f"`{code}`" for code in sorted(codes)),
+            "description": ", ".join(f"`{code}`" for code in codes),
             "headers": headers(RESPONSE_HEADERS.get(status, {})),
             "content": {"application/problem+json": {"schema": schema, "example": example}},
         }
-
-    def parameters(model, place: str, names=None) -> list[dict]:
-        schema = components[model.__name__]
-        return [
-            {"name": name, "in": place, "required": place == "path" or name in schema.get("required", [])}
-            | {"schema": own, "description": own.get("description", "")}
-            for name, own in schema.get("properties", {}).items()
-            if names is None or name in names
-        ]
 
     def operation(rule) -> dict:
         view, called = views[rule.endpoint], found[rule.endpoint]
@@ -370,7 +373,6 @@ def document(app: Flask, version: str, status_of: dict[str, int]) -> dict:
         told["tags"] = [TAGS[max((path for path in TAGS if rule.rule.startswith(path)), key=len)]]
         told["security"] = []
         if rule.rule.startswith("/api/"):
-            guard = calls(app.dispatch_request, app)
             codes |= {"database_unavailable", "rate_limited"} | guard["Refused"]
             told["security"] = [{"admin" if "admin" in told["tags"][0] else "trader": []}]
         codes &= status_of.keys()
@@ -384,24 +386,23 @@ def document(app: Flask, version: str, status_of: dict[str, int]) -> dict:
             for status in sorted(statuses(view))
         }
         for status in sorted({status_of[code] for code in codes}):
-            told["responses"][str(status)] = problem(status, {c for c in codes if status_of[c] == status})
+            told["responses"][str(status)] = problem(
+                status, sorted(c for c in codes if status_of[c] == status)
+            )
 
         told["parameters"] = [
             {"name": name, "in": "header", **REQUEST_HEADERS[name]}
             for name in sorted(called["request.headers.get"])
         ]
-        for name in rule.arguments:
-            converter, schema = rule._converters[name], {"type": "string"}
+        checked = {n: schema for model in called["checked"] for n, schema in fields_of(model)}
+        for name, converter in rule._converters.items():
+            schema = checked.get(name, {"type": "string"})
             if isinstance(converter, IntegerConverter):
                 schema = {"type": "integer", "minimum": 0, "maximum": converter.max}
-            told["parameters"] += [{"name": name, "in": "path", "required": True, "schema": schema}]
-        for model in called["checked"] & models:
-            names = {parameter["name"] for parameter in parameters(model, "path")}
-            told["parameters"] = [p for p in told["parameters"] if p["name"] not in names]
-            told["parameters"] += parameters(model, "path")
-        for model in called["query"] & models:
-            told["parameters"] += parameters(model, "query")
-        for model in called["read"] & models:
+            told["parameters"].append({"name": name, "in": "path", "required": True, "schema": schema})
+        for name, schema in (field for model in called["query"] for field in fields_of(model)):
+            told["parameters"].append({"name": name, "in": "query", "schema": schema})
+        for model in called["read"]:
             schema = {"$ref": f"#/components/schemas/{model.__name__}"}
             must = model.__name__ not in called  # `Reset()`: it has a default for a body that is left out.
             told["requestBody"] = {"required": must, "content": {"application/json": {"schema": schema}}}
@@ -420,10 +421,6 @@ def document(app: Flask, version: str, status_of: dict[str, int]) -> dict:
         "paths": paths,
         "components": {
             "schemas": components,
-            "responses": {
-                str(status): problem(status, {c for c in status_of if status_of[c] == status})
-                for status in sorted(set(status_of.values()))
-            },
             "securitySchemes": {
                 name: {"type": "http", "scheme": "bearer", "description": text} for name, text in KEYS.items()
             },
