@@ -506,7 +506,7 @@ def test_axe_finds_nothing_serious(visit, colours):
 
 def test_the_api_is_tried_out_on_its_page(browser, alice):
     with visiting(browser, alice) as visit:
-        visit.opens_the_page().page.get_by_role("link", name="API", exact=True).click()
+        visit.opens_the_page().page.get_by_role("link", name="API documentation").click()
         visit.page.get_by_role("button", name="Authorize").first.click()
         dialog = visit.page.locator(".dialog-ux")
         dialog.locator(".auth-container", has_text="trader").locator("input").fill(alice.key)
