@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flask import Flask
 from pydantic import BaseModel
-from werkzeug.routing import IntegerConverter
+from werkzeug.routing import IntegerConverter, Rule
 
 HERE = Path(__file__).parent
 ABOUT = "Trades as a broker would book them. Amounts are exact decimals in US dollars, times are UTC."
@@ -329,100 +329,115 @@ def headers(told: dict[str, str]) -> dict:
     return {name: {"description": text, "schema": {"type": "string"}} for name, text in told.items()}
 
 
-def document(app: Flask, version: str, status_of: dict[str, int]) -> dict:
-    """The OpenAPI document of `app`; `status_of` knows the status of every refusal."""
-    rules = [rule for rule in app.url_map.iter_rules() if not rule.endpoint.endswith("static")]
-    views = {rule.endpoint: app.view_functions[rule.endpoint] for rule in rules}
-    found = {endpoint: calls(view, app) for endpoint, view in views.items()}
-    guard = calls(app.dispatch_request, app)
-    bodies = {model for called in found.values() for model in called["read"]}
-    components = {model.__name__: schema_of(model) for model in bodies} | {
-        name: shape(name) for name in SHAPES
+def problem(status: int, codes: list[str]) -> dict:
+    """A refusal, with all the codes that it may carry."""
+    title = codes[0].replace("_", " ").capitalize()
+    example = {"type": "about:blank", "title": title, "status": status, "detail": "Why.", "code": codes[0]}
+    schema = {"$ref": f"#/components/schemas/Problem{status}"}
+    return {
+        "description": ", ".join(f"`{code}`" for code in codes),
+        "headers": headers(RESPONSE_HEADERS.get(status, {})),
+        "content": {"application/problem+json": {"schema": schema, "example": example}},
     }
-    whole = components.pop("Problem")
+
+
+def parameters(rule: Rule, called: dict[str, set]) -> Iterable[dict]:
+    """What a route takes beside a body: headers, parts of its path, the query."""
+    for name in sorted(called["request.headers.get"]):
+        yield {"name": name, "in": "header", **REQUEST_HEADERS[name]}
+    checked = {name: schema for model in called["checked"] for name, schema in fields_of(model)}
+    for name, converter in rule._converters.items():
+        schema = checked.get(name, {"type": "string"})
+        if isinstance(converter, IntegerConverter):
+            schema = {"type": "integer", "minimum": 0, "maximum": converter.max}
+        yield {"name": name, "in": "path", "required": True, "schema": schema}
+    for model in called["query"]:
+        for name, schema in fields_of(model):
+            yield {"name": name, "in": "query", "schema": schema}
+
+
+def successes(view, called: dict[str, set]) -> dict[str, dict]:
+    """What a route answers where nothing is refused, by status."""
+    answer = next(name for name, endpoints in ANSWERS.items() if view.__name__ in endpoints.split())
+    kind = answer if "/" in answer else "application/json"
+    told = {
+        "description": inspect.getdoc(view).splitlines()[0],
+        "headers": headers(REPLAYED if "Idempotency-Key" in called["request.headers.get"] else {}),
+        "content": {kind: {"schema": SIMPLE.get(answer, {"$ref": f"#/components/schemas/{answer}"})}},
+    }
+    return {str(status): told for status in sorted(statuses(view))}
+
+
+def refusals(
+    rule: Rule, called: dict[str, set], guard: set[str], status_of: dict[str, int]
+) -> dict[str, dict]:
+    """How a route says no, by status; `guard` are the codes of what stands before each of the API's."""
+    codes = {"internal_error"} | called["Refused"] | called["problem"]
+    if called["read"]:
+        codes |= {"too_large"}
+    if rule.arguments:
+        codes |= {"not_found"}
+    if rule.rule.startswith("/api/"):
+        codes |= {"database_unavailable", "rate_limited"} | guard
+    by_status = defaultdict(list)
+    for code in sorted(codes & status_of.keys()):
+        by_status[status_of[code]].append(code)
+    return {str(status): problem(status, by_status[status]) for status in sorted(by_status)}
+
+
+def operation(rule: Rule, view, called: dict[str, set], responses: dict[str, dict]) -> dict:
+    """One route with one method."""
+    summary, _, description = inspect.getdoc(view).partition("\n")
+    tag = TAGS[max((path for path in TAGS if rule.rule.startswith(path)), key=len)]
+    told = {
+        "operationId": rule.endpoint,
+        "summary": summary,
+        "description": description.strip(),
+        "tags": [tag],
+        "security": [{"admin" if "admin" in tag else "trader": []}] if rule.rule.startswith("/api/") else [],
+        "parameters": list(parameters(rule, called)),
+        "responses": responses,
+    }
+    for model in called["read"]:
+        schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+        must = model.__name__ not in called  # `Reset()`: it has a default for a body that is left out.
+        told["requestBody"] = {"required": must, "content": {"application/json": {"schema": schema}}}
+    return told
+
+
+def schemas(bodies: set[type[BaseModel]], status_of: dict[str, int]) -> dict[str, dict]:
+    """All that requests and answers consist of; a problem once a status, with the codes that this has."""
+    told = {model.__name__: schema_of(model) for model in bodies} | {name: shape(name) for name in SHAPES}
+    whole = told.pop("Problem")
     for status in set(status_of.values()):
         codes = [code for code in status_of if status_of[code] == status]
         own = {"status": {"type": "integer", "const": status}, "code": one_of(*codes)}
-        components[f"Problem{status}"] = whole | {"properties": whole["properties"] | own}
+        told[f"Problem{status}"] = whole | {"properties": whole["properties"] | own}
+    return told
 
-    def problem(status: int, codes: list[str]) -> dict:
-        schema = {"$ref": f"#/components/schemas/Problem{status}"}
-        title = codes[0].replace("_", " ").capitalize()
-        example = {
-            "type": "about:blank",
-            "title": title,
-            "status": status,
-            "detail": "Why.",
-            "code": codes[0],
-        }
-        return {
-            "description": ", ".join(f"`{code}`" for code in codes),
-            "headers": headers(RESPONSE_HEADERS.get(status, {})),
-            "content": {"application/problem+json": {"schema": schema, "example": example}},
-        }
 
-    def operation(rule) -> dict:
-        view, called = views[rule.endpoint], found[rule.endpoint]
-        summary, _, description = inspect.getdoc(view).partition("\n")
-        codes = {"internal_error"} | called["Refused"] | called["problem"]
-        if called["read"]:
-            codes |= {"too_large"}
-        if rule.arguments:
-            codes |= {"not_found"}
-        told = {"operationId": rule.endpoint, "summary": summary, "description": description.strip()}
-        told["tags"] = [TAGS[max((path for path in TAGS if rule.rule.startswith(path)), key=len)]]
-        told["security"] = []
-        if rule.rule.startswith("/api/"):
-            codes |= {"database_unavailable", "rate_limited"} | guard["Refused"]
-            told["security"] = [{"admin" if "admin" in told["tags"][0] else "trader": []}]
-        codes &= status_of.keys()
-
-        answer = next(name for name, endpoints in ANSWERS.items() if rule.endpoint in endpoints.split())
-        kind = answer if "/" in answer else "application/json"
-        schema = SIMPLE.get(answer, {"$ref": f"#/components/schemas/{answer}"})
-        replayed = headers(REPLAYED if "Idempotency-Key" in called["request.headers.get"] else {})
-        told["responses"] = {
-            str(status): {"description": summary, "headers": replayed, "content": {kind: {"schema": schema}}}
-            for status in sorted(statuses(view))
-        }
-        for status in sorted({status_of[code] for code in codes}):
-            told["responses"][str(status)] = problem(
-                status, sorted(c for c in codes if status_of[c] == status)
-            )
-
-        told["parameters"] = [
-            {"name": name, "in": "header", **REQUEST_HEADERS[name]}
-            for name in sorted(called["request.headers.get"])
-        ]
-        checked = {n: schema for model in called["checked"] for n, schema in fields_of(model)}
-        for name, converter in rule._converters.items():
-            schema = checked.get(name, {"type": "string"})
-            if isinstance(converter, IntegerConverter):
-                schema = {"type": "integer", "minimum": 0, "maximum": converter.max}
-            told["parameters"].append({"name": name, "in": "path", "required": True, "schema": schema})
-        for name, schema in (field for model in called["query"] for field in fields_of(model)):
-            told["parameters"].append({"name": name, "in": "query", "schema": schema})
-        for model in called["read"]:
-            schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-            must = model.__name__ not in called  # `Reset()`: it has a default for a body that is left out.
-            told["requestBody"] = {"required": must, "content": {"application/json": {"schema": schema}}}
-        return told
-
-    paths = defaultdict(dict)
-    for rule in rules:
+def document(app: Flask, version: str, status_of: dict[str, int]) -> dict:
+    """The OpenAPI document of `app`; `status_of` knows the status of every refusal."""
+    guard = calls(app.dispatch_request, app)["Refused"]
+    paths, bodies = defaultdict(dict), set()
+    for rule in app.url_map.iter_rules():
+        if rule.endpoint.endswith("static"):
+            continue
+        view = app.view_functions[rule.endpoint]
+        called = calls(view, app)
+        bodies |= called["read"]
+        responses = successes(view, called) | refusals(rule, called, guard, status_of)
+        path = re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule)
         for method in rule.methods - {"HEAD", "OPTIONS"}:
-            path = re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule)
-            paths[path][method.lower()] = operation(rule)
+            paths[path][method.lower()] = operation(rule, view, called, responses)
+    security = {
+        name: {"type": "http", "scheme": "bearer", "description": text} for name, text in KEYS.items()
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "IBKR Broker Simulator", "version": version, "description": ABOUT},
         "servers": [{"url": "/"}],
         "tags": [{"name": tag} for tag in TAGS.values()],
         "paths": paths,
-        "components": {
-            "schemas": components,
-            "securitySchemes": {
-                name: {"type": "http", "scheme": "bearer", "description": text} for name, text in KEYS.items()
-            },
-        },
+        "components": {"schemas": schemas(bodies, status_of), "securitySchemes": security},
     }

@@ -7,6 +7,7 @@ is started from the development requirements.
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import psutil
 import pytest
 import requests
 import simplejson
-from postgres import PostgresServer
+from postgres import PostgresServer, signal_each
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 from urllib3 import Retry
@@ -98,8 +99,7 @@ class Server:
         """End it at once; how it ends in peace, which takes longer, is a test of its own."""
         if self.process and self.process.poll() is None:
             parent = psutil.Process(self.process.pid)
-            for process in (parent, *parent.children(recursive=True)):
-                process.kill()
+            signal_each(signal.SIGKILL, [parent, *parent.children(recursive=True)])
             self.process.wait()
 
     def log(self) -> str:
@@ -223,6 +223,17 @@ class Database:
         with self.engine.begin() as connection:
             result = connection.execute(text(statement), values)
             return result.all() if result.returns_rows else result.rowcount
+
+
+@pytest.fixture(scope="module")
+def app():
+    """The program, imported; its settings are those of the sample market."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRICE_SOURCES", "sample")
+        patch.syspath_prepend(ROOT)
+        import app
+
+        yield app
 
 
 @pytest.fixture(scope="module")

@@ -4,23 +4,11 @@ import re
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT, SETTINGS, Server
 
 README = (ROOT / "README.md").read_text()
 APP = (ROOT / "app.py").read_text()
 LIVE = {"id": r'"id": "\d+"', "trade_id": r'"trade_id": "\d+"', "a moment": r'"timestamp": "202[6-9]-[^"]+"'}
-
-
-@pytest.fixture(scope="module")
-def app():
-    """The program, imported; its settings are those of the sample market."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PRICE_SOURCES", "sample")
-        patch.syspath_prepend(ROOT)
-        import app
-
-        yield app
 
 
 def test_the_endpoints_in_the_readme_are_the_routes(app):

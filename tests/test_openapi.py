@@ -10,22 +10,12 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 import simplejson
-from conftest import ADMIN, ROOT, Trader
+from conftest import ADMIN, Trader
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 TOOLS = Path(sys.executable).parent
 JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def app():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PRICE_SOURCES", "sample")
-        patch.syspath_prepend(ROOT)
-        import app
-
-        yield app
 
 
 @pytest.fixture(scope="module")
