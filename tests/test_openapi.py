@@ -93,7 +93,10 @@ def test_each_route_tells_its_own_refusals(description):
     told = {status: response["description"] for status, response in trade["responses"].items()}
     for status, code in {"409": "insufficient_shares", "422": "idempotency_key_reused"}.items():
         assert f"`{code}`" in told[status]
-    assert "`outcome_unknown`" in told["503"]
+    reset = description["paths"]["/api/v1/account/reset"]["post"]["responses"]
+    assert (
+        "`outcome_unknown`" in reset["503"]["description"]
+    )  # Raised by `transaction`, named by its handler.
     assert "`unauthorized`" in told["401"]
     assert [p["name"] for p in trade["parameters"]] == ["Idempotency-Key", "X-Simulate-Fault", "dry_run"]
     assert "Idempotent-Replayed" in trade["responses"]["200"]["headers"]
@@ -117,7 +120,16 @@ def test_every_route_answers_as_described(description, alice, server):
     alice.ask("PUT", "/api/v1/market/clock", json={"at": "yesterday"})
     alice.ask("POST", "/api/v1/market/advance", json={"bars": 2})
     alice.ask("PUT", "/api/v1/market/prices/IBM", json={"price": "150.25"})
-    for path in ("price/IBM", "price/NOPE", "price/!", "account/history", "rules", "market", "trades/0"):
+    for path in (
+        "price/IBM",
+        "price/NOPE",
+        "price/!",
+        "price/A%2FB",
+        "account/history",
+        "rules",
+        "market",
+        "trades/0",
+    ):
         alice.ask("GET", f"/api/v1/{path}")
     for order in (("buy", 10, "IBM"), ("buy", 3, "AAPL", "700.5"), ("sell", "2.5", "IBM")):
         alice.order(*order)
