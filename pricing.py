@@ -45,7 +45,7 @@ from models import (
 log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 2
-"""One HTTP request to a source takes no longer. Cold, Yahoo costs up to three: cookie, crumb, chart."""
+"""One HTTP request to a source takes no longer; a cookie or crumb, which Yahoo wants first, half of it."""
 
 QUESTION_SECONDS = 8
 """Nobody waits longer for a price, whatever hangs."""
@@ -319,6 +319,7 @@ class Yahoo(Source):
         super().__init__()
         self.folder = folder
         self.first_turn = threading.Lock()
+        self.turns_lost = 0
 
     @cached_property
     def session(self):
@@ -331,9 +332,9 @@ class Yahoo(Source):
             """yfinance waits 30 seconds for a cookie, whatever it is told. Not here."""
 
             def request(self, method, url, **options):
-                options["timeout"] = REQUEST_SECONDS
+                options["timeout"] = REQUEST_SECONDS / 2
                 if url.startswith(Yahoo.URL):
-                    options["allow_redirects"] = False
+                    options |= {"timeout": REQUEST_SECONDS, "allow_redirects": False}
                 return super().request(method, url, **options)
 
         logging.getLogger("yfinance").setLevel(logging.CRITICAL)  # A failure is one line, and ours.
@@ -372,19 +373,24 @@ class Yahoo(Source):
 
     @contextmanager
     def turn(self):
-        """Until Yahoo has answered once, one thread asks at a time and the others do not wait for long.
-
-        They would only queue for yfinance's cookie, each as long as a Yahoo that hangs takes to fail.
+        """Until Yahoo has answered once, one thread asks at a time, and where it gets no answer, those who
+        wait behind it do not ask: each would take as long as a Yahoo that hangs takes to fail.
         """
         if self.answers:
             yield
-        elif self.first_turn.acquire(timeout=2 * REQUEST_SECONDS):
-            try:
-                yield
-            finally:
-                self.first_turn.release()
-        else:
+            return
+        turns_lost = self.turns_lost
+        if not self.first_turn.acquire(timeout=2 * REQUEST_SECONDS):
             raise SourceFailed("it has not answered yet")
+        try:
+            if self.turns_lost > turns_lost:
+                raise SourceFailed("it did not answer who asked before")
+            yield
+        except Exception:
+            self.turns_lost += 1
+            raise
+        finally:
+            self.first_turn.release()
 
     def chart(self, ticker: str, period: str) -> dict:
         try:
