@@ -226,22 +226,15 @@ app.json = ExactJSON(app)
 app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
 app.config["SQLALCHEMY_DATABASE_URI"] = DATABASE_URL
-ENGINE = (
-    {"connect_args": {"timeout": 15}}
+app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
+    "isolation_level": "AUTOCOMMIT",  # models.py says BEGIN itself where several statements belong together.
+    "pool_size": 6,  # Of two workers: 12, and a small database lets 15 in.
+    "max_overflow": 0,
+    "pool_timeout": 3,
+    "connect_args": {"timeout": 15}
     if DATABASE_URL.startswith("sqlite")
-    else {
-        "max_overflow": 5,
-        "pool_timeout": 3,
-        "connect_args": {
-            "connect_timeout": 2,
-            "tcp_user_timeout": 5000,
-            "options": "-c lock_timeout=3s -c statement_timeout=5s",
-        },
-    }
-)
-app.config["SQLALCHEMY_ENGINE_OPTIONS"] = ENGINE
-AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT", "execution_options": {"autocommit": True}}
-app.config["SQLALCHEMY_BINDS"] = {"reading": ENGINE | AUTOCOMMIT | {"url": DATABASE_URL}}
+    else {"connect_timeout": 2, "tcp_user_timeout": 5000},
+}
 db.init_app(app)
 Migrate(app, db)
 
@@ -579,20 +572,24 @@ def trade():
     `Idempotency-Key` an order is safe to send again: it is booked once, and answered the same.
     """
     order, options, key, fault = read(Order), query(TradeOptions), idempotency_key(), drilled_fault()
-    if key and not options.dry_run and (earlier := Trade.with_key(g.user_id, key)):
-        return replay(earlier, order)  # It needs no price, and works while there is none.
+    try:
+        quote = market.quote(order.ticker, g.controls)  # Before the lock: no locked row waits for Yahoo.
+    except Refused:
+        if key and not options.dry_run and (earlier := Trade.with_key(g.user_id, key)):
+            return replay(earlier, order)  # Which needs no price.
+        raise
 
-    quote = market.quote(order.ticker, g.controls)  # Before the lock: no locked row waits for Yahoo.
+    key = key or g.own_key
     with Account.locked(g.user_id) as account:
-        if not options.dry_run and (earlier := account.trade_with_key(key or g.own_key)):
+        holding, earlier = account.look_up(order.ticker, key)
+        if earlier and not options.dry_run:
             return replay(earlier, order)
-        holding = account.holding(order.ticker)
         booked = account.fill(order, quote, holding, COSTS)
         if fault == "error_before_commit":
             raise Refused("database_unavailable", "A drill: this trade failed and was not booked.")
         if options.dry_run:
             return booked.to_dict() | {"dry_run": True}
-        account.record(booked, holding, key or g.own_key)
+        account.record(booked, holding, key)
     if fault == "error_after_commit":
         raise Refused("outcome_unknown", "A drill: the answer to this trade was lost. Was it booked?")
     app.logger.info("trade %s: user %s %s", booked.id, g.user_id, order)

@@ -16,11 +16,14 @@ import select
 import sqlite3
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal, DefaultContext, setcontext
+from functools import cache
+from threading import Lock
 from typing import Annotated, Literal
+from weakref import WeakValueDictionary
 
 import psycopg2.extensions
 import sqlalchemy as sa
@@ -191,20 +194,8 @@ def prepare_sqlite(dbapi_connection, _):
             dbapi_connection.execute(f"PRAGMA {pragma}")
 
 
-@sa.event.listens_for(sa.Engine, "begin")
-def begin_sqlite(connection):
-    """SQLite knows no row locks: a transaction that will write takes the whole database's lock at once.
-
-    Left to itself the driver begins late and deferred, and two that want to write then both fail.
-    """
-    options = connection.get_execution_options()
-    if connection.dialect.name == "sqlite" and not options.get("autocommit"):
-        connection.connection.dbapi_connection.isolation_level = None
-        connection.exec_driver_sql("BEGIN" if options.get("read_only") else "BEGIN IMMEDIATE")
-
-
 ANSWER_SECONDS = 6
-"""How long PostgreSQL may be silent: longer than its own time limits, which app.py sets."""
+"""How long PostgreSQL may be silent: longer than its own time limits, below."""
 
 
 def wait_for_postgres(connection) -> None:
@@ -225,12 +216,44 @@ psycopg2.extensions.set_wait_callback(wait_for_postgres)
 
 
 def reading() -> sa.Connection:
-    """A connection for single statements: each sees one moment, and none needs a transaction.
+    """A connection for single statements: each sees one moment, and none needs a transaction."""
+    return db.engine.connect()
 
-    It comes from an engine that is in AUTOCOMMIT for ever. To switch a connection back and forth, as
-    `execution_options` does, loses it from the pool when the database goes away at that moment.
+
+def send(connection: sa.Connection, *statements, **values) -> sa.CursorResult:
+    """Execute `statements` one after the other with these `values`; answers the last one's rows.
+
+    PostgreSQL gets all of them in one message: on a busy account it is the messages to and fro that the
+    next trade waits for.
     """
-    return db.engines["reading"].connect()
+    if connection.dialect.name == "postgresql":
+        return connection.execute(one_message(connection.dialect, statements), values)
+    for statement in statements:
+        names = statement.compile(dialect=connection.dialect).binds
+        rows = connection.execute(statement, {name: values[name] for name in names})
+    return rows
+
+
+@cache
+def one_message(dialect: sa.Dialect, statements: tuple) -> sa.TextClause:
+    named = type(dialect)(paramstyle="named")
+    sql = "; ".join(str(statement.compile(dialect=named)) for statement in statements)
+    return sa.text(sql).columns(*getattr(statements[-1], "exported_columns", ()))
+
+
+LIMITS = "SET LOCAL lock_timeout = '3s'; SET LOCAL statement_timeout = '5s'"
+"""How long PostgreSQL tries. Said in each transaction: a pooler lends its connections out for one at a time,
+refuses what is asked on connecting, and forgets what was set in the transaction before."""
+
+BEGIN = {"postgresql": sa.text(f"BEGIN; {LIMITS}"), "sqlite": sa.text("BEGIN IMMEDIATE")}
+"""How a transaction that may write begins. SQLite knows no row locks: this takes the whole database's lock
+at once, for of two that begin without it, and want to write later, one must fail."""
+
+SNAPSHOT = {
+    "postgresql": sa.text(f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {LIMITS}"),
+    "sqlite": sa.text("BEGIN"),
+}
+"""How one begins that reads several times and sees the same moment each time."""
 
 
 class OutcomeUnknown(Exception):
@@ -238,16 +261,60 @@ class OutcomeUnknown(Exception):
 
 
 @contextmanager
-def transaction():
-    """A connection whose statements all happen, when the block ends, or, on any exception, not one."""
-    with db.engine.connect() as connection, connection.begin() as transaction:
-        yield connection
+def transaction(*first, begin=BEGIN, **values):
+    """All statements of the block happen when it ends, or, on any exception, not one.
+
+    Yields the connection, and the rows of the `first` statement, which is sent along with the BEGIN.
+    The engine is in AUTOCOMMIT, so that single statements need none of this.
+    """
+    with db.engine.connect() as connection:
         try:
-            transaction.commit()
-        except DBAPIError as error:
-            if error.connection_invalidated:
-                raise OutcomeUnknown from error
+            rows = send(connection, begin[connection.dialect.name], *first, **values)
+            yield connection, rows
+            commit(connection)
+        except BaseException:
+            roll_back(connection)
             raise
+
+
+def commit(connection: sa.Connection) -> None:
+    try:
+        connection.exec_driver_sql("COMMIT")
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise OutcomeUnknown from error
+        raise
+
+
+def roll_back(connection: sa.Connection) -> None:
+    """Undo what the transaction has done. A connection that cannot is closed, which undoes it as well."""
+    if not connection.invalidated:
+        try:
+            connection.exec_driver_sql("ROLLBACK")
+        except DBAPIError:
+            connection.invalidate()
+
+
+TURN_SECONDS = 5
+"""Nobody waits longer for the trades before his own."""
+
+turns = WeakValueDictionary()
+
+
+@contextmanager
+def turn(user_id: int):
+    """Wait until the requests of this process that came first are done with the account.
+
+    They would wait for its lock in the database just the same, but each with a connection in its hand
+    that others need. SQLite has one lock for all accounts: there everybody is in one queue.
+    """
+    lock = turns.setdefault(user_id if db.engine.dialect.name == "postgresql" else None, Lock())
+    if not lock.acquire(timeout=TURN_SECONDS):
+        raise Refused("database_unavailable", "Too many requests wait for this; try again in a moment.")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # ------------------------------------------------------------------------------------------- Orders
@@ -387,7 +454,7 @@ class User(db.Model):
         """Make a user and the balance, both or neither, and answer the id and the API key."""
         api_key = api_key or secrets.token_hex(32)
         try:
-            with transaction() as connection:
+            with transaction() as (connection, _):
                 user_id = connection.scalar(
                     sa.insert(cls).returning(cls.id),
                     {"email": email, "api_key_hash": cls.hash(api_key), "created_at": now()},
@@ -438,7 +505,7 @@ class User(db.Model):
 
     @classmethod
     def change(cls, user_id: int, **values) -> None:
-        with transaction() as connection:
+        with transaction() as (connection, _):
             is_open = (cls.id == user_id) & cls.closed_at.is_(None)
             if not connection.execute(sa.update(cls).where(is_open).values(values)).rowcount:
                 raise Refused("not_found", f"There is no open account with the id {user_id}.")
@@ -558,9 +625,9 @@ class Trade(db.Model):
         )
 
     @classmethod
-    def with_key(cls, user_id: int, key: str, connection=None) -> "Trade | None":
-        """The trade that the user booked under the idempotency key `key`."""
-        with nullcontext(connection) if connection else reading() as connection:
+    def with_key(cls, user_id: int, key: str) -> "Trade | None":
+        """The trade that the user booked under the idempotency key `key`, in any run."""
+        with reading() as connection:
             row = connection.execute(TRADE_WITH_KEY, {"user_id": user_id, "key": key}).first()
         return row and cls(**row._mapping)
 
@@ -936,9 +1003,8 @@ class Account(db.Model):
         The account's row is locked first and read after that, so whoever comes second waits and then
         sees what the first one did. Leaving the block commits; an exception on the way undoes it all.
         """
-        with transaction() as connection:
-            row = connection.execute(LOCK_ACCOUNT, {"user_id": user_id}).one()
-            account = cls(**row._mapping)
+        with turn(user_id), transaction(LOCK_ACCOUNT, user_id=user_id) as (connection, rows):
+            account = cls(**rows.one()._mapping)
             account.connection = connection
             yield account
 
@@ -977,33 +1043,39 @@ class Account(db.Model):
             "total_pnl": None if value is None else value - cost + realized,
         }
 
-    def holding(self, ticker: str) -> Holding:
-        """What the account holds of `ticker`. Read after the lock, in a statement of its own.
+    def look_up(self, ticker: str, key: str) -> tuple[Holding, Trade | None]:
+        """What the account holds of `ticker`, and the trade it booked under the idempotency key `key`.
 
-        A join in the locking statement would still see the holding as it was before the wait.
+        Read after the lock, in a statement of its own: a join in the locking statement would still see
+        the holding as it was before the wait.
         """
-        row = self.connection.execute(SELECT_HOLDING, {"user_id": self.user_id, "ticker": ticker}).first()
-        quantity, cost_basis = row or (Decimal(0), Decimal(0))
-        return Holding(user_id=self.user_id, ticker=ticker, quantity=quantity, cost_basis=cost_basis)
-
-    def trade_with_key(self, key: str) -> Trade | None:
-        """The trade that this account booked under the idempotency key `key`, in any of its runs."""
-        return Trade.with_key(self.user_id, key, self.connection)
+        own = {"user_id": self.user_id, "ticker": ticker, "key": key}
+        row = self.connection.execute(SELECT_HOLDING_AND_TRADE, own).one()._mapping
+        quantity, cost_basis = row["held"] or Decimal(0), row["cost_basis"] or Decimal(0)
+        holding = Holding(user_id=self.user_id, ticker=ticker, quantity=quantity, cost_basis=cost_basis)
+        earlier = row["id"] and Trade(**{column.name: row[column.name] for column in Trade.__table__.columns})
+        return holding, earlier
 
     def record(self, trade: Trade, holding: Holding, key: str) -> None:
         """Write the cash, the holding and the trade, and give the trade its id."""
         trade.idempotency_key = key
-        owner = {"owner": self.user_id, "now": trade.created_at}
-        self.connection.execute(UPDATE_CASH, {**owner, "cash": self.cash_balance})
-        held = {**owner, "of": trade.ticker, "quantity": holding.quantity, "cost_basis": holding.cost_basis}
         if not holding.quantity:
-            self.connection.execute(DELETE_HOLDING, held)
+            write_holding = DELETE_HOLDING
         elif trade.trade_type == "buy" and holding.quantity == trade.quantity:
-            self.connection.execute(INSERT_HOLDING, held)
+            write_holding = INSERT_HOLDING
         else:
-            self.connection.execute(UPDATE_HOLDING, held)
-        row = {name: getattr(trade, name) for name in TRADE_COLUMNS}
-        trade.id = self.connection.scalar(INSERT_TRADE, row)
+            write_holding = UPDATE_HOLDING
+        trade.id = send(
+            self.connection,
+            *(UPDATE_CASH, write_holding, INSERT_TRADE),
+            **{name: getattr(trade, name) for name in TRADE_COLUMNS},
+            owner=self.user_id,
+            cash=self.cash_balance,
+            of=trade.ticker,
+            held=holding.quantity,
+            cost_basis=holding.cost_basis,
+            now=trade.created_at,
+        ).scalar()
 
     def start_over(self, cash: Decimal, market_time: datetime) -> None:
         """End this run and begin the next with `cash` dollars and no holdings. The trades stay."""
@@ -1054,9 +1126,7 @@ class Books:
 
     @classmethod
     def of(cls, user_id: int) -> "Books":
-        with db.engine.connect().execution_options(read_only=True) as connection:
-            if connection.dialect.name != "sqlite":  # Where each statement would see a moment of its own.
-                connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        with transaction(begin=SNAPSHOT) as (connection, _):
             own = {"user_id": user_id}
             account = connection.execute(sa.select(Account.__table__).filter_by(**own)).one()
             holdings = connection.execute(sa.select(Holding.__table__).filter_by(**own)).all()
@@ -1183,8 +1253,12 @@ SELECT_PINS = (
     .order_by(Pin.id)
 )
 LOCK_ACCOUNT = sa.select(Account.__table__).where(Account.user_id == bindparam("user_id")).with_for_update()
-SELECT_HOLDING = sa.select(Holding.quantity, Holding.cost_basis).where(
-    Holding.user_id == bindparam("user_id"), Holding.ticker == bindparam("ticker")
+SELECT_HOLDING_AND_TRADE = (
+    sa.select(Holding.quantity.label("held"), Holding.cost_basis, Trade.__table__)
+    .select_from(Account)
+    .outerjoin(Holding, (Holding.user_id == Account.user_id) & (Holding.ticker == bindparam("ticker")))
+    .outerjoin(Trade, (Trade.user_id == Account.user_id) & (Trade.idempotency_key == bindparam("key")))
+    .where(Account.user_id == bindparam("user_id"))
 )
 ACCOUNT_WITH_HOLDINGS = (
     sa.select(
@@ -1211,13 +1285,13 @@ INSERT_HOLDING = sa.insert(Holding).values(
     user_id=bindparam("owner"),
     ticker=bindparam("of"),
     updated_at=bindparam("now"),
-    quantity=bindparam("quantity"),
+    quantity=bindparam("held"),
     cost_basis=bindparam("cost_basis"),
 )
 UPDATE_HOLDING = (
     sa.update(Holding)
     .where(Holding.user_id == bindparam("owner"), Holding.ticker == bindparam("of"))
-    .values(quantity=bindparam("quantity"), cost_basis=bindparam("cost_basis"), updated_at=bindparam("now"))
+    .values(quantity=bindparam("held"), cost_basis=bindparam("cost_basis"), updated_at=bindparam("now"))
 )
 DELETE_HOLDING = sa.delete(Holding).where(
     Holding.user_id == bindparam("owner"), Holding.ticker == bindparam("of")

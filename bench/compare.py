@@ -72,14 +72,13 @@ TASKS = {
     **{f"portfolio of {n}": ("/api/v1/portfolio", user, 1) for n, user in WIDE.items()},
 }
 
-# All that the trade route sends to the database for a buy with an idempotency key, in this order.
+# All that the trade route sends to the database for a buy with an idempotency key, in this order. The app
+# needs five messages for them, pgbench and the raw loop send them one by one.
 STATEMENTS = [
     models.USER_WITH_KEY,
-    models.TRADE_WITH_KEY,
     "BEGIN",
     models.LOCK_ACCOUNT,
-    models.TRADE_WITH_KEY,
-    models.SELECT_HOLDING,
+    models.SELECT_HOLDING_AND_TRADE,
     models.UPDATE_CASH,
     models.UPDATE_HOLDING,
     models.INSERT_TRADE,
@@ -101,7 +100,7 @@ def values(user, ticker: str, key: str, scale=1) -> dict:
     kind = {"run": 1, "trade_type": "buy", "order_type": "limit", "price_source": "sample"}
     prices = dict.fromkeys(("price", "market_price"), 100.25 * scale)
     sums = {"total_amount": 50.125 * scale, "commission": 0, "realized_pnl": None}
-    holding = {"quantity": 1000.5 * scale, "cost_basis": 100300.125 * scale}
+    holding = {"quantity": 0.5 * scale, "held": 1000.5 * scale, "cost_basis": 100300.125 * scale}
     cash = dict.fromkeys(("cash", "cash_after"), 100199.875 * scale)
     times = dict.fromkeys(("now", "created_at", "market_time"), "2026-01-01 12:00:00.123456")
     return who | what | kind | prices | sums | holding | cash | times

@@ -3,6 +3,8 @@
 from alembic import context
 from flask import current_app
 
+from models import transaction
+
 db = current_app.extensions["migrate"].db
 
 
@@ -15,5 +17,5 @@ def migrate(**where) -> None:
 if context.is_offline_mode():  # `flask --app app db upgrade --sql` prints the SQL instead of running it.
     migrate(url=db.engine.url, literal_binds=True, dialect_opts={"paramstyle": "named"})
 else:
-    with db.engine.connect() as connection:
+    with transaction() as (connection, _):
         migrate(connection=connection)
