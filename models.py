@@ -104,31 +104,27 @@ def moment_from(text: str) -> datetime:
         raise ValueError("must be a year from 1 to 9999") from error
 
 
-class ExactDecimal(sa.types.TypeDecorator):
-    """A decimal with 8 digits behind the point: NUMERIC on PostgreSQL, an integer of 10^-8 on SQLite.
+class ScaledInteger(sa.types.TypeDecorator):
+    """A decimal as an integer of 10^-8.
 
     SQLite has no exact decimal: its NUMERIC is a float, and 12345678901.12345678 comes back as ...695.
     """
 
-    impl = sa.Numeric(20, 8)
+    impl = BigInteger
     cache_ok = True
 
-    def load_dialect_impl(self, dialect):
-        on_sqlite = dialect.name == "sqlite"
-        return dialect.type_descriptor(BigInteger() if on_sqlite else self.impl_instance)
-
     def process_bind_param(self, value, dialect):
-        if value is None or dialect.name != "sqlite":
-            return value
-        return int(value.scaleb(8))
+        return None if value is None else int(value.scaleb(8))
 
     def process_literal_param(self, value, dialect):
         return str(self.process_bind_param(value, dialect))
 
     def process_result_value(self, value, dialect):
-        if value is None or dialect.name != "sqlite":
-            return value
-        return Decimal(value).scaleb(-8)
+        return None if value is None else Decimal(value).scaleb(-8)
+
+
+EXACT = sa.Numeric(20, 8).with_variant(ScaledInteger(), "sqlite")
+"""A decimal with 8 digits behind the point."""
 
 
 class UtcDateTime(sa.types.TypeDecorator):
@@ -148,10 +144,10 @@ class UtcDateTime(sa.types.TypeDecorator):
         return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
 
 
-Amount = Annotated[Decimal, mapped_column(ExactDecimal)]
+Amount = Annotated[Decimal, mapped_column(EXACT)]
 """Dollars, with 8 decimals."""
 
-Quantity = Annotated[Decimal, mapped_column(ExactDecimal)]
+Quantity = Annotated[Decimal, mapped_column(EXACT)]
 """Shares or coins, with 8 decimals."""
 
 Time = Annotated[datetime, mapped_column(UtcDateTime)]
@@ -182,7 +178,7 @@ db = SQLAlchemy(model_class=Base, disable_autonaming=True)
 
 def within(name: str, low: Decimal | int, high: Decimal) -> CheckConstraint:
     """A CHECK that `low` <= the column `name` < `high`. The upper bound also keeps NaN out."""
-    column = sa.column(name, ExactDecimal)
+    column = sa.column(name, EXACT)
     return CheckConstraint(sa.and_(column >= Decimal(low), column < high), name=name)
 
 
