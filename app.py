@@ -70,11 +70,11 @@ from models import (
     User,
     checked_cash,
     checked_ticker,
+    connected,
     db,
     iso,
     now,
     plain,
-    reading,
 )
 from pricing import (
     BAR_SECONDS,
@@ -966,7 +966,7 @@ def database_health() -> dict:
 
     def ping() -> float:
         started = time.perf_counter()
-        with app.app_context(), reading() as connection:
+        with app.app_context(), connected() as connection:
             connection.execute(sa.text("SELECT 1"))
         return round((time.perf_counter() - started) * 1000, 2)
 

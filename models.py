@@ -211,8 +211,8 @@ def wait_for_postgres(connection) -> None:
 psycopg2.extensions.set_wait_callback(wait_for_postgres)
 
 
-def reading() -> sa.Connection:
-    """A connection for single statements: each sees one moment, and none needs a transaction."""
+def connected() -> sa.Connection:
+    """A connection for single statements, each of which is a transaction by itself."""
     return db.engine.connect()
 
 
@@ -442,7 +442,7 @@ class User(db.Model):
 
         The hash is looked up, so timing tells nothing of the key.
         """
-        with reading() as connection:
+        with connected() as connection:
             return connection.execute(USER_WITH_KEY, {"hash": cls.hash(api_key)}).first()
 
     @classmethod
@@ -472,7 +472,7 @@ class User(db.Model):
     @classmethod
     def id_of(cls, email: str) -> int:
         """The id of the open account of `email`; `Refused` if there is none."""
-        with reading() as connection:
+        with connected() as connection:
             user_id = connection.scalar(
                 sa.select(cls.id).where(cls.email == email.lower(), cls.closed_at.is_(None))
             )
@@ -484,7 +484,7 @@ class User(db.Model):
     def all(cls) -> Sequence[sa.Row]:
         """Every user with the cash in the account, in the order of their ids."""
         columns = (cls.id, cls.email, cls.created_at, cls.closed_at, Account.cash_balance)
-        with reading() as connection:
+        with connected() as connection:
             return connection.execute(sa.select(*columns).join(Account).order_by(cls.id)).all()
 
     @classmethod
@@ -623,7 +623,7 @@ class Trade(db.Model):
     @classmethod
     def with_key(cls, user_id: int, key: str) -> "Trade | None":
         """The trade that the user booked under the idempotency key `key`, in any run."""
-        with reading() as connection:
+        with connected() as connection:
             row = connection.execute(TRADE_WITH_KEY, {"user_id": user_id, "key": key}).first()
         return row and cls(**row._mapping)
 
@@ -631,7 +631,7 @@ class Trade(db.Model):
     def of(cls, user_id: int, trade_id: int) -> sa.Row | None:
         """The trade `trade_id`, if it is the user's own."""
         own = (cls.user_id == user_id) & (cls.id == trade_id)
-        with reading() as connection:
+        with connected() as connection:
             return connection.execute(sa.select(cls.__table__).where(own)).first()
 
     @classmethod
@@ -654,7 +654,7 @@ class Trade(db.Model):
             statement = statement.where(cls.created_at >= since)
         if until:
             statement = statement.where(cls.created_at < until)
-        with reading() as connection:
+        with connected() as connection:
             return connection.execute(statement.order_by(cls.id.desc()).limit(limit)).all()
 
     CSV_COLUMNS = (
@@ -737,13 +737,13 @@ class Pin(db.Model):
         """The prices that the user has pinned now, by ticker."""
         last = sa.select(sa.func.max(cls.id)).where(cls.user_id == user_id).group_by(cls.ticker)
         pins = sa.select(cls.ticker, cls.price).where(cls.id.in_(last), cls.price.is_not(None))
-        with reading() as connection:
+        with connected() as connection:
             return {pin.ticker: pin.price for pin in connection.execute(pins.order_by(cls.ticker))}
 
     @classmethod
     def of(cls, user_id: int) -> Sequence[sa.Row]:
         """Every pin that the user has set or let go, the oldest first."""
-        with reading() as connection:
+        with connected() as connection:
             return connection.execute(SELECT_PINS, {"user_id": user_id}).all()
 
 
@@ -780,11 +780,44 @@ class Costs:
         return max(rounded(price - slip, ROUND_FLOOR), UNIT)
 
 
-class Quote(db.Model):
-    """What a source said that one share or coin costs, and until when that holds.
+@dataclass(slots=True)
+class Quote:
+    """What a source said that one share or coin costs, in `currency`, and until when that holds.
 
-    Every live quote that a server has answered is a row, so that all its processes judge trades by the
-    same one, and so that the past can be valued later. `number` counts the quotes of a ticker.
+    A quote of the sample market also says by which controls of the account it holds, and which moment of
+    the recorded past it is of.
+    """
+
+    ticker: str
+    price: Decimal
+    currency: str | None
+    source: str
+    timestamp: datetime
+    valid_until: datetime | None = None
+    number: int | None = None
+    controls: Controls | None = None
+    market_time: datetime | None = None
+
+    @property
+    def is_in_dollars(self) -> bool:
+        return self.currency == "USD"
+
+    def to_dict(self) -> dict:
+        return {
+            "ticker": self.ticker,
+            "price": self.price,
+            "currency": self.currency,
+            "source": self.source,
+            "timestamp": iso(self.timestamp),
+            "valid_until": iso(self.valid_until),
+        }
+
+
+class PublishedQuote(db.Model):
+    """A live quote that a server has answered.
+
+    Every one is a row, so that all its processes judge trades by the same one, and so that the past can
+    be valued later. `number` counts the quotes of a ticker.
     """
 
     __tablename__ = "ibkr_quotes"
@@ -799,47 +832,31 @@ class Quote(db.Model):
 
     __table_args__ = (within("price", UNIT, ORDER_LIMIT),)
 
-    controls = None  # A quote of the sample market says by which controls of the account it holds,
-    market_time = None  # and which moment of the recorded past it is of.
-
-    @property
-    def is_in_dollars(self) -> bool:
-        return self.currency == "USD"
-
     @classmethod
-    def recall(cls, ticker: str) -> "Quote | None":
+    def latest(cls, ticker: str) -> Quote | None:
         """The latest quote of `ticker` that any process has published, whether it still holds or not."""
-        with reading() as connection:
+        with connected() as connection:
             row = connection.execute(LATEST_QUOTE, {"ticker": ticker}).first()
-        return row and cls(**row._mapping)
+        return row and Quote(**row._mapping)
 
     @classmethod
     def past(cls, tickers) -> Sequence[sa.Row]:
         """Every quote of `tickers` ever published, the oldest first."""
         columns = (cls.ticker, cls.timestamp, cls.price)
         statement = sa.select(*columns).where(cls.ticker.in_(list(tickers))).order_by(cls.number)
-        with reading() as connection:
+        with connected() as connection:
             return connection.execute(statement).all()
 
-    def publish(self) -> bool:
-        """Make this the quote of all processes; False if another one came first with its `number`."""
-        row = {column.name: getattr(self, column.name) for column in self.__table__.columns}
+    @classmethod
+    def add(cls, quote: Quote) -> bool:
+        """Make `quote` that of all processes; False if another one came first with its `number`."""
+        row = {column.name: getattr(quote, column.name) for column in cls.__table__.columns}
         try:
-            with db.engine.begin() as connection:
-                connection.execute(sa.insert(Quote), row)
+            with connected() as connection:
+                connection.execute(sa.insert(cls), row)
         except IntegrityError:
             return False
         return True
-
-    def to_dict(self) -> dict:
-        return {
-            "ticker": self.ticker,
-            "price": self.price,
-            "currency": self.currency,
-            "source": self.source,
-            "timestamp": iso(self.timestamp),
-            "valid_until": iso(self.valid_until),
-        }
 
 
 class Market(db.Model):
@@ -855,10 +872,10 @@ class Market(db.Model):
     def claim(cls, kind: str) -> None:
         """Take the database for this market; `Refused` if it belongs to the other one."""
         try:
-            with db.engine.begin() as connection:
+            with connected() as connection:
                 connection.execute(sa.insert(cls), {"id": 1, "kind": kind})
         except IntegrityError:
-            with reading() as connection:
+            with connected() as connection:
                 owner = connection.scalar(sa.select(cls.kind))
             if owner != kind:
                 raise Refused(
@@ -1007,7 +1024,7 @@ class Account(db.Model):
     @classmethod
     def with_holdings(cls, user_id: int) -> tuple["Account", list[sa.Row]]:
         """The account and its holdings by ticker, of one moment, unlocked: one statement reads both."""
-        with reading() as connection:
+        with connected() as connection:
             rows = connection.execute(ACCOUNT_WITH_HOLDINGS, {"user_id": user_id}).all()
         first = rows[0]
         account = cls(
@@ -1293,9 +1310,9 @@ DELETE_HOLDING = sa.delete(Holding).where(
     Holding.user_id == bindparam("owner"), Holding.ticker == bindparam("of")
 )
 LATEST_QUOTE = (
-    sa.select(Quote.__table__)
-    .where(Quote.ticker == bindparam("ticker"))
-    .order_by(Quote.number.desc())
+    sa.select(PublishedQuote.__table__)
+    .where(PublishedQuote.ticker == bindparam("ticker"))
+    .order_by(PublishedQuote.number.desc())
     .limit(1)
 )
 TRADE_COLUMNS = [column.name for column in Trade.__table__.columns if column.name != "id"]

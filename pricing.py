@@ -31,6 +31,7 @@ from models import (
     ORDER_LIMIT,
     Controls,
     Pin,
+    PublishedQuote,
     Quote,
     Refused,
     checked_amount,
@@ -208,13 +209,13 @@ class LiveMarket:
         first one published. So one quote at most is in force at any moment.
         """
         while True:
-            latest = Quote.recall(ticker)
+            latest = PublishedQuote.latest(ticker)
             if latest and latest.valid_until > now():
                 return latest
             quote = self.quote_from_sources(ticker)
             quote.number = latest.number + 1 if latest else 1
             quote.valid_until = quote.timestamp + self.hold
-            if quote.publish():
+            if PublishedQuote.add(quote):
                 return quote
 
     def quote_from_sources(self, ticker: str) -> Quote:
@@ -234,7 +235,7 @@ class LiveMarket:
     def past(self, user_id: int, tickers: Iterable[str]) -> PastPrice:
         """What a ticker cost at some moment: the last quote that any process had published by then."""
         quotes = defaultdict(list)
-        for quote in Quote.past(tickers):
+        for quote in PublishedQuote.past(tickers):
             quotes[quote.ticker].append((quote.timestamp, quote.price))
 
         def price(ticker: str, moment: datetime, market_time: datetime) -> Decimal | None:
@@ -561,16 +562,16 @@ class SampleMarket:
         price = controls.pins.get(ticker) or self.price(ticker, market_time)
         if price is None:
             raise no_such_ticker(ticker)
-        quote = Quote(
+        return Quote(
             ticker=ticker,
             price=price,
             currency="USD",
             source=self.name,
             timestamp=controls.clock or minute,
             valid_until=None if controls.clock else minute + timedelta(seconds=BAR_SECONDS),
+            controls=controls,
+            market_time=market_time,
         )
-        quote.controls, quote.market_time = controls, market_time
-        return quote
 
     def quotes(self, tickers: list[str], controls: Controls = WALL_CLOCK) -> dict[str, Quote]:
         quotes = {}

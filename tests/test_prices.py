@@ -666,7 +666,7 @@ def test_two_hundred_who_wait_for_yahoo_hold_up_nobody_else(crowd, market):
 TWENTY_THOUSAND_UNKNOWN_TICKERS = """
 import gc, json, random, string, psutil
 from app import app
-from models import Quote, Refused
+from models import PublishedQuote, Refused
 from pricing import LiveMarket, NoSuchTicker, Source
 
 class Nobody(Source):
@@ -674,7 +674,7 @@ class Nobody(Source):
     def ask(self, ticker):
         raise NoSuchTicker
 
-Quote.recall = lambda ticker: None  # The database is not what is measured.
+PublishedQuote.latest = lambda ticker: None  # The database is not what is measured.
 market = LiveMarket(app, [Nobody()], 180)
 
 def ask(count):

@@ -41,7 +41,7 @@ def order(action, quantity, price=None):
 
 
 def quote(price, currency="USD", **more):
-    return Quote(ticker="AAPL", price=Decimal(price), currency=currency, source="sample", **more)
+    return Quote("AAPL", Decimal(price), currency, "sample", timestamp=now(), **more)
 
 
 def test_buying_takes_cash_and_adds_to_the_cost_of_the_holding():
