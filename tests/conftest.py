@@ -251,7 +251,7 @@ def program(tmp_path_factory) -> Path:
 def postgres():
     """The PostgreSQL server of this test run."""
     folder = Path(tempfile.mkdtemp(prefix="broker-postgres-"))
-    with PostgresServer(folder) as server:
+    with PostgresServer(folder, settings={"unix_socket_directories": str(folder)}) as server:
         yield server
 
 
