@@ -1,6 +1,6 @@
-"""Stand-ins for Yahoo Finance and Alpha Vantage, so that the real clients run without internet.
+"""Stand-ins for Yahoo Finance, Alpha Vantage and PyPI, so that the real clients run without internet.
 
-One server plays both. It is a proxy, so a child process that gets `market.environment` sends it
+One server plays them all. It is a proxy, so a child process that gets `market.environment` sends it
 every request, and it is the server at the other end of each one too, with a certificate made at
 start that only that environment trusts. The code under test and yfinance are as they always are.
 
@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 HOSTS = ["yahoo.com", "*.yahoo.com", "*.finance.yahoo.com", "alphavantage.co", "*.alphavantage.co"]
+HOSTS += ["pypi.org"]
 CHART = "/v8/finance/chart/"
 NO_SUCH_TICKER = (
     '{"chart":{"result":null,"error":{"code":"Not Found",'
@@ -76,6 +77,10 @@ class MarketStandIn:
         """Set Alpha Vantage's answer for a share ("AAPL") or a pair of currencies ("BTC-USD")."""
         self._alphavantage[symbol.upper()] = Answer(body=body, **answer)
 
+    def pypi(self, package: str, **answer):
+        """Set what PyPI says of a package: see `Answer`. It has nothing against any other."""
+        self._pypi[package] = Answer(**answer)
+
     def hang_all(self, domain: str = ""):
         """Accept every connection and request to `domain` from now on, and answer none."""
         self._hanging = domain
@@ -93,6 +98,7 @@ class MarketStandIn:
         self._yahoo = {}
         self._yahoo_default = Answer(status=404)
         self._alphavantage = {}
+        self._pypi = {}
         self.answer_again()
         self.clear()
 
@@ -162,6 +168,9 @@ class MarketStandIn:
     def _answer_from_yahoo(self, ticker: str) -> Answer:
         return self._yahoo.get(ticker.upper(), self._yahoo_default)
 
+    def _answer_from_pypi(self, path: str) -> Answer:
+        return self._pypi.get(path.split("/")[2], Answer(body={"vulnerabilities": []}))
+
     def _answer_from_alphavantage(self, query: dict[str, str]) -> Answer:
         if query.get("function") == "CURRENCY_EXCHANGE_RATE":
             pair = f"{query.get('from_currency')}-{query.get('to_currency')}"
@@ -211,6 +220,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.hang()
         if host.endswith("alphavantage.co") and url.path == "/query":
             return self.give(self.server.market._answer_from_alphavantage(query))
+        if host == "pypi.org":
+            return self.give(self.server.market._answer_from_pypi(url.path))
         if host == "fc.yahoo.com":
             return self.send_text(404, "", {"Set-Cookie": cookie()})  # Yahoo's own is a 404 too
         if host.endswith("finance.yahoo.com"):
