@@ -43,6 +43,26 @@ def test_the_settings_are_told_where_they_are_looked_for():
     assert set(re.findall(r"`([A-Z_]+)`", table.split("| --- |")[-1].split("\n\n")[0])) == read == SETTINGS
 
 
+def anchors(page) -> set[str]:
+    """The headings of a page, as links name them."""
+    headings = re.findall("^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_links_between_the_documents_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]
+    links = [
+        (page, *link.split("#"))
+        for page in pages
+        for link in re.findall(r"\]\((?!http)(.+?)\)", page.read_text())
+    ]
+    assert len(links) > 30
+    for page, path, *anchor in links:
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), (page, path)
+        assert not anchor or anchor[0] in anchors(target), (page, path, anchor)
+
+
 def sessions() -> list[tuple[str, str]]:
     """Each line of the README's sessions after its `$`, with the answer that is printed below it."""
     lines = "\n".join(re.findall(r"```console\n(.*?)```", README, re.S))

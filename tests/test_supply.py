@@ -1,5 +1,6 @@
-"""What comes from others: packages with known vulnerabilities."""
+"""What comes from others: packages that may have known vulnerabilities, and vendored files."""
 
+import hashlib
 import os
 import re
 import subprocess
@@ -44,3 +45,25 @@ def test_an_audit_that_can_ask_nobody_says_so_and_lets_it_pass(tmp_path):
     nobody = dict.fromkeys(("HTTPS_PROXY", "https_proxy"), "http://127.0.0.1:1")
     passed, said = audit(**nobody, XDG_CACHE_HOME=str(tmp_path))
     assert (passed, said) == (0, ["PyPI could not be asked for known vulnerabilities: nothing was audited."])
+
+
+SAYS = {
+    "MIT": "Permission is hereby granted, free of charge",
+    "MPL-2.0": "Mozilla Public License, version 2.0",
+    "Public domain": "Quandl declared that data public domain",
+}
+
+
+def test_what_is_vendored_is_listed_unchanged_and_its_licence_is_there():
+    listed = set()
+    row = r"^\| `(.+)` \| .+ \| (.+?), (.+) \| `([0-9a-f]{64})` \|$"
+    for file, licence, texts, digest in re.findall(row, (ROOT / "VENDORED.md").read_text(), re.M):
+        listed.add(ROOT / file)
+        assert hashlib.sha256((ROOT / file).read_bytes()).hexdigest() == digest, file
+        text, *others = [(ROOT / path).read_text() for path in re.findall(r"\]\((.+?)\)", texts)]
+        assert SAYS[licence] in text, file
+        assert all(others), file
+    vendored = [path for folder in ("static", "tests") for path in (ROOT / folder / "vendor").rglob("*")]
+    ours = re.compile("README.md|LICENSE.*")
+    files = {path for path in vendored if path.is_file() and not ours.fullmatch(path.name)}
+    assert listed == files | {ROOT / "sample_market" / "prices.csv"}
