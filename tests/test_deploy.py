@@ -190,6 +190,29 @@ def test_every_host_runs_the_same_two_commands():
     assert f"\nExecStart=/opt/simulator/.venv/bin/{web} --bind 127.0.0.1:8000\n" in UNIT
 
 
+def words(part) -> set[str]:
+    """Every name in a host's file, but for those of our own settings."""
+    if isinstance(part, dict):
+        return (part.keys() - SETTINGS).union(*map(words, part.values()))
+    return set().union(*map(words, part)) if isinstance(part, list) else set()
+
+
+def test_the_hosts_files_use_the_words_that_hosts_know():
+    """As their references name them: Render says healthCheckPath, and Railway healthcheckPath."""
+    assert words(RENDER) <= set(
+        "services type name runtime region plan buildCommand preDeployCommand startCommand healthCheckPath "
+        "envVars key value sync generateValue fromDatabase property databases ipAllowList".split()
+    )
+    assert words(RAILWAY) <= set(
+        "$schema build builder buildCommand deploy preDeployCommand startCommand healthcheckPath "
+        "healthcheckTimeout restartPolicyType restartPolicyMaxRetries".split()
+    )
+    assert words(HEROKU) <= set(
+        "name description keywords website repository success_url buildpacks url formation web quantity size "
+        "addons plan env generator value required".split()
+    )
+
+
 def test_the_hosts_files_name_what_there_is(app):
     (service,), (database,) = RENDER["services"], RENDER["databases"]
     given = {entry["key"]: entry for entry in service["envVars"]}
