@@ -225,9 +225,14 @@ def send(connection: sa.Connection, *statements, **values) -> sa.CursorResult:
     if connection.dialect.name == "postgresql":
         return connection.execute(one_message(connection.dialect, statements), values)
     for statement in statements:
-        names = statement.compile(dialect=connection.dialect).binds
-        rows = connection.execute(statement, {name: values[name] for name in names})
+        rows = connection.execute(statement, {name: values[name] for name in names_in(statement)})
     return rows
+
+
+@cache
+def names_in(statement) -> tuple[str, ...]:
+    """The names of the values that `statement` takes."""
+    return tuple(statement.compile().binds)
 
 
 @cache
