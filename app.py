@@ -6,7 +6,8 @@
     Routes            the API; `trade` is the heart of the program, start reading there
     Commands          what `flask user` and `python app.py` do
 
-What an account may do with its money is in `models.py`, where prices come from in `pricing.py`.
+What an account may do with its money is in `models.py`, where prices come from in `pricing.py`, and
+what it takes to stand in public (ids, limits, headers) in `public.py`.
 """
 
 import csv
@@ -46,6 +47,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 import openapi
+import public
 from models import (
     ACCOUNT_LIMIT,
     ORDER_LIMIT,
@@ -94,7 +96,9 @@ VERSION = "1.0.0"
 # --------------------------------------------------------------------------------------------- App
 
 load_dotenv()
-logging.basicConfig(level=logging.INFO, format="%(message)s")  # One line a trade, one a failed source.
+# One line a trade, one a failed source. The line of each request is gunicorn's: `gunicorn.conf.py`.
+logging.basicConfig(level=logging.INFO, format="%(message)s%(request_id)s")
+logging.getLogger().handlers[0].addFilter(public.with_request_id)
 
 
 def setting(name: str, default: str | None, checked=str):
@@ -138,6 +142,11 @@ def checked_database(url: str) -> str:
     if scheme in ("postgres", "postgresql") and rest:
         return f"postgresql+psycopg2://{rest}"
     if scheme == "sqlite" and rest.strip("/"):
+        if public.ON_HOST:
+            logging.warning(
+                "WARNING: SQLite on a host's disk: ALL ACCOUNTS AND TRADES ARE LOST AT THE NEXT DEPLOY OR "
+                "RESTART. Set DATABASE_URL to a PostgreSQL."
+            )
         return url
     raise ValueError("it must begin with postgresql://, postgres:// or sqlite:///.")
 
@@ -145,13 +154,16 @@ def checked_database(url: str) -> str:
 HOST = setting("HOST", "127.0.0.1")
 PORT = setting("PORT", "8000", checked_number(1, 65535))
 STARTING_CASH = setting("STARTING_CASH", "100000", checked_cash)
-ADMIN_API_KEY = setting("ADMIN_API_KEY", None)
+ADMIN_API_KEY = setting("ADMIN_API_KEY", None, public.checked_admin_key)
 ALPHAVANTAGE_API_KEY = setting("ALPHAVANTAGE_API_KEY", None)
 COSTS = Costs(
     setting("COMMISSION_BPS", "0", checked_cost(10_000)),
     setting("COMMISSION_MIN", "0", checked_cost(1_000_000)),
     setting("SLIPPAGE_BPS", "0", checked_cost(10_000)),
 )
+CORS_ORIGINS = setting("CORS_ORIGINS", None, public.checked_origins) or set()
+RATE_LIMIT = setting("RATE_LIMIT", "60000 per minute", public.checked_limit)
+counter = setting("RATELIMIT_STORAGE_URI", "memory://", public.Counter)
 PRICE_CACHE_SECONDS = setting("PRICE_CACHE_SECONDS", "180", checked_number(1, 86_400))
 
 if __name__ == "__main__" and not os.environ.get("PRICE_SOURCES") and not yahoo_is_reachable():
@@ -223,6 +235,7 @@ class ExactJSON(JSONProvider):
 
 app = Simulator("app")  # By name: `instance/` is then beside this file, wherever it is started from.
 app.json = ExactJSON(app)
+app.wsgi_app = public.Gate(app.wsgi_app, CORS_ORIGINS)
 app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
 app.config["SQLALCHEMY_DATABASE_URI"] = DATABASE_URL
@@ -308,7 +321,7 @@ def problem(code: str, detail: str, **members) -> Response:
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     if status in (429, 503):
-        response.headers["Retry-After"] = "1"
+        response.headers["Retry-After"] = str(members.get("retry_after", 1))  # Seconds.
     return response
 
 
@@ -365,7 +378,9 @@ def admit() -> None:
     is_admin = ADMIN_API_KEY and hmac.compare_digest(User.hash(key), User.hash(ADMIN_API_KEY))
     user = User.with_key(key) if key and not is_admin else None
     if not (is_admin or user):
+        counter.count(f"wrong keys from {public.client_address()}", public.WRONG_KEYS)
         raise Refused("unauthorized", "Send your API key: `Authorization: Bearer <key>`.")
+    counter.count(f"user {user.id}" if user else "admin", RATE_LIMIT)
     is_admins_path = re.match("/api/v1/users(/|$)", request.path)
     if is_admins_path and not is_admin:
         raise Refused("forbidden", "Accounts are managed with the server's ADMIN_API_KEY, if it has one.")
@@ -920,6 +935,7 @@ def health():
         "timestamp": iso(now()),
         "version": VERSION,
         "uptime_seconds": round(time.monotonic() - STARTED),
+        "process": {"pid": os.getpid(), "started_at": STARTED_AT},
         "server_info": {
             "platform": platform.system(),
             "platform_version": platform.release(),
@@ -956,7 +972,7 @@ class RequestsSeen:
         return {"count": self.count, "errors": self.errors, "latency_ms": percentiles}
 
 
-STARTED = time.monotonic()
+STARTED, STARTED_AT = time.monotonic(), iso(now())
 requests_seen = RequestsSeen()
 pinging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ping")
 
@@ -1093,10 +1109,13 @@ TEST_USER, TEST_KEY = "test@example.com", "test-api-key-123"
 
 
 def prepare() -> None:
-    """Get the database ready. Only the embedded one is migrated, and given the test user, unasked."""
+    """Get the database ready. Only the embedded one is migrated, and given the test user, unasked.
+
+    On a host, which is public, it has no test user either: everybody knows that key.
+    """
     if DATABASE_URL == EMBEDDED:
         upgrade()
-        if not User.with_key(TEST_KEY):
+        if not public.ON_HOST and not User.with_key(TEST_KEY):
             with suppress(Refused):
                 User.open(TEST_USER, STARTING_CASH, TEST_KEY)
     claim_database()
@@ -1104,6 +1123,9 @@ def prepare() -> None:
 
 class Handler(WSGIRequestHandler):
     timeout = 10  # Seconds for a client that connects and sends nothing; the end would wait for it.
+
+    def version_string(self) -> str:
+        return "simulator"  # Which versions run here is nobody's business.
 
 
 def serve() -> None:

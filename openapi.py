@@ -39,6 +39,7 @@ TIMES = members(
     now="The market's time, in the recorded past",
     first_bar="Where the recorded market begins",
     last_bar="Where it ends",
+    started_at="Since when it runs",
     created_at="When the account was opened",
     closed_at="When it was closed",
 )
@@ -101,6 +102,9 @@ MEMBERS = (
         cpu_count="Processors",
         count="Requests answered",
         errors="Of these, answered with a status of 500 or above",
+        pid="The process that answers, one of several",
+        rate_limit="How many requests are answered in a window of time",
+        retry_after="Seconds until the next window",
     )
     | members(
         *("string", "", "42"),
@@ -162,11 +166,12 @@ SHAPES = {
     "Database": "status=Health engine latency_ms?",
     "Latency": "p50 p95 p99",
     "Requests": "count errors latency_ms=Latency",
-    "ServerHealth": "status=Health timestamp version uptime_seconds server_info=Server database=Database "
-    "prices=Prices requests=Requests",
+    "Process": "pid started_at",
+    "ServerHealth": "status=Health timestamp version uptime_seconds process=Process server_info=Server "
+    "database=Database prices=Prices requests=Requests",
     "BadField": "field message",
     "Problem": "type title status detail code errors=[BadField]~ required~ available~ price~ market_price~ "
-    "limit~ ticker~ currency?~ trade_id~",
+    "limit~ ticker~ currency?~ trade_id~ rate_limit~ retry_after~",
 }
 """What answers consist of. `?` may be null, `~` may be missing, `=` names a shape, `[...]` is a list."""
 
@@ -240,6 +245,11 @@ TAGS = {
     "/": "server",
 }
 REQUEST_HEADERS = {
+    "X-Request-Id": {
+        "description": "Comes back, and stands on the log's lines of this request; without a usable one "
+        "(1 to 128 letters, digits and `. _ - : / + = @`) the request is given one",
+        "schema": {"type": "string"},
+    },
     "Idempotency-Key": {
         "description": "Makes the order safe to repeat for ever: it is booked once, and answered the same",
         "schema": {"type": "string", "maxLength": 255, "pattern": "^[!-~]([ -~]*[!-~])?$"},
@@ -254,13 +264,17 @@ REQUEST_HEADERS = {
         },
     },
 }
-REPLAYED = {"Idempotent-Replayed": "`true` when this is the first answer once more"}
 RESPONSE_HEADERS = {
-    401: {"WWW-Authenticate": "`Bearer`"},
-    405: {"Allow": "The methods that this path answers"},
-    429: {"Retry-After": "Seconds to wait"},
-    503: {"Retry-After": "Seconds to wait"},
+    "X-Request-Id": "The request's id, for whoever reads the log",
+    "RateLimit-Limit": "How many requests are answered in a window of time",
+    "RateLimit-Remaining": "How many are left of them",
+    "RateLimit-Reset": "Seconds until the next window",
+    "Idempotent-Replayed": "`true` when this is the first answer once more",
+    "WWW-Authenticate": "`Bearer`",
+    "Retry-After": "Seconds to wait",
 }
+COUNTED = ["RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"]
+OF_STATUS = {401: ["WWW-Authenticate"], 429: ["Retry-After"], 503: ["Retry-After"]}
 
 
 def calls(function, app: Flask, found: dict[str, set] | None = None) -> dict[str, set]:
@@ -325,8 +339,8 @@ def fields_of(model: type[BaseModel]) -> Iterable[tuple[str, dict]]:
     return schema_of(model)["properties"].items()
 
 
-def headers(told: dict[str, str]) -> dict:
-    return {name: {"description": text, "schema": {"type": "string"}} for name, text in told.items()}
+def headers(names: Iterable[str]) -> dict:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
 def problem(status: int, codes: list[str]) -> dict:
@@ -336,14 +350,14 @@ def problem(status: int, codes: list[str]) -> dict:
     schema = {"$ref": f"#/components/schemas/Problem{status}"}
     return {
         "description": ", ".join(f"`{code}`" for code in codes),
-        "headers": headers(RESPONSE_HEADERS.get(status, {})),
+        "headers": headers(OF_STATUS.get(status, [])),
         "content": {"application/problem+json": {"schema": schema, "example": example}},
     }
 
 
 def parameters(rule: Rule, called: dict[str, set]) -> Iterable[dict]:
     """What a route takes beside a body: headers, parts of its path, the query."""
-    for name in sorted(called["request.headers.get"]):
+    for name in sorted({"X-Request-Id"} | called["request.headers.get"]):
         yield {"name": name, "in": "header", **REQUEST_HEADERS[name]}
     checked = {name: schema for model in called["checked"] for name, schema in fields_of(model)}
     for name, converter in rule._converters.items():
@@ -360,9 +374,10 @@ def successes(view, called: dict[str, set]) -> dict[str, dict]:
     """What a route answers where nothing is refused, by status."""
     answer = next(name for name, endpoints in ANSWERS.items() if view.__name__ in endpoints.split())
     kind = answer if "/" in answer else "application/json"
+    replays = "Idempotency-Key" in called["request.headers.get"]
     told = {
         "description": inspect.getdoc(view).splitlines()[0],
-        "headers": headers(REPLAYED if "Idempotency-Key" in called["request.headers.get"] else {}),
+        "headers": headers(["Idempotent-Replayed"] * replays),
         "content": {kind: {"schema": SIMPLE.get(answer, {"$ref": f"#/components/schemas/{answer}"})}},
     }
     return {str(status): told for status in sorted(statuses(view))}
@@ -378,7 +393,7 @@ def refusals(
     if rule.arguments:
         codes |= {"not_found"}
     if rule.rule.startswith("/api/"):
-        codes |= {"database_unavailable", "rate_limited"} | guard
+        codes |= {"database_unavailable"} | guard
     by_status = defaultdict(list)
     for code in sorted(codes & status_of.keys()):
         by_status[status_of[code]].append(code)
@@ -389,12 +404,15 @@ def operation(rule: Rule, view, called: dict[str, set], responses: dict[str, dic
     """One route with one method."""
     summary, _, description = inspect.getdoc(view).partition("\n")
     tag = TAGS[max((path for path in TAGS if rule.rule.startswith(path)), key=len)]
+    is_api = rule.rule.startswith("/api/")
+    for response in responses.values():
+        response["headers"] |= headers(["X-Request-Id", *COUNTED] if is_api else ["X-Request-Id"])
     told = {
         "operationId": rule.endpoint,
         "summary": summary,
         "description": description.strip(),
         "tags": [tag],
-        "security": [{"admin" if "admin" in tag else "trader": []}] if rule.rule.startswith("/api/") else [],
+        "security": [{"admin" if "admin" in tag else "trader": []}] if is_api else [],
         "parameters": list(parameters(rule, called)),
         "responses": responses,
     }
@@ -433,11 +451,14 @@ def document(app: Flask, version: str, status_of: dict[str, int]) -> dict:
     security = {
         name: {"type": "http", "scheme": "bearer", "description": text} for name, text in KEYS.items()
     }
+    told = {
+        name: {"description": text, "schema": {"type": "string"}} for name, text in RESPONSE_HEADERS.items()
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "IBKR Broker Simulator", "version": version, "description": ABOUT},
         "servers": [{"url": "/"}],
         "tags": [{"name": tag} for tag in TAGS.values()],
         "paths": paths,
-        "components": {"schemas": schemas(bodies, status_of), "securitySchemes": security},
+        "components": {"schemas": schemas(bodies, status_of), "headers": told, "securitySchemes": security},
     }

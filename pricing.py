@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
@@ -177,7 +178,8 @@ class LiveMarket:
         with self.lock:
             question = self.asking.get(ticker)
             if question is None:
-                question = self.asking[ticker] = self.threads.submit(self.find, ticker)
+                in_this_request = copy_context().run  # So that a log line over there carries its id.
+                question = self.asking[ticker] = self.threads.submit(in_this_request, self.find, ticker)
                 question.add_done_callback(lambda _: self.asking.pop(ticker))
             return question
 

@@ -65,6 +65,7 @@ class Server:
             "DATABASE_URL": database_url,
             "PRICE_SOURCES": "sample",
             "ADMIN_API_KEY": ADMIN,
+            "RATE_LIMIT": "1000000000 per day",
             "PORT": self.port,
         } | settings
         options = ["--bind", f"127.0.0.1:{self.port}", "--workers", str(workers), "--threads", str(threads)]
@@ -74,7 +75,7 @@ class Server:
             *("--keep-alive", "60", *options),
         ]
         self.folder = ROOT
-        self.output = tempfile.TemporaryFile("w+")
+        self.output = tempfile.TemporaryFile("a+")
         self.process = None
 
     def start(self) -> "Server":
@@ -240,8 +241,8 @@ def app():
 def program(tmp_path_factory) -> Path:
     """A copy of the program: what it keeps under instance/, such as Yahoo's cookie, goes with it."""
     folder = tmp_path_factory.mktemp("program")
-    for file in ("app.py", "models.py", "pricing.py", "openapi.py"):
-        shutil.copy(ROOT / file, folder)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
     for part in ("migrations", "sample_market", "static"):
         shutil.copytree(ROOT / part, folder / part)
     return folder

@@ -446,11 +446,13 @@ def test_the_key_of_alpha_vantage_is_told_to_nobody(live, bot, market):
         market.alphavantage(ticker, **answer)
         response = asks(bot, ticker)
         assert refusal(response) == (503, "price_unavailable")
+        id = response.headers["X-Request-Id"]
         health = requests.get(f"{live.url}/health", timeout=10)
         assert health.json()["prices"]["alphavantage"]["last_error"]["ticker"] == ticker
         answers += [response.text, str(response.headers), health.text]
         lines = [line for line in live.log().splitlines() if f" {ticker}:" in line]
         assert [line.split()[0] for line in lines] == ["yahoo_finance", "alphavantage"]
+        assert all(line.endswith(f" [{id}]") for line in lines)  # Though another thread wrote them.
         calm = new_ticker()
         market.alphavantage(calm, share("1"))
         assert price_of(bot, calm)["source"] == "alphavantage"
