@@ -371,6 +371,23 @@ def test_a_lock_held_elsewhere_is_waited_for_and_then_refused_not_failed(broken,
     assert len(carol.trades) == 1
 
 
+def test_a_crowd_that_waits_for_one_account_keeps_no_connection_from_the_others(broken, carol):
+    bob = broken.server.trader(name="bob").sees("AAPL", at=100)
+    with broken.database.engine.connect() as elsewhere, ThreadPoolExecutor(15) as pool:
+        lock = text("SELECT * FROM ibkr_balances WHERE user_id = :id FOR UPDATE")
+        elsewhere.execute(lock, {"id": carol.user_id})
+        crowd = [pool.submit(carol.order, "buy", 1, "AAPL") for _ in range(15)]
+        time.sleep(0.5)
+        for _ in range(5):
+            for answer in (bob.order("buy", 1, "AAPL"), bob.ask("GET", "/api/v1/portfolio")):
+                assert answer.status_code == 200
+                assert answer.elapsed.total_seconds() < 1
+        assert not any(order.done() for order in crowd)
+        elsewhere.rollback()
+        assert {order.result().status_code for order in crowd} == {200}
+    assert carol.audit() == {"ok": True, "trades": 15, "differences": []}
+
+
 # Books that somebody changed by hand
 
 
