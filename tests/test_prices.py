@@ -351,6 +351,18 @@ def test_alpha_vantage_is_asked_where_yahoo_gives_no_price(bot, market):
     assert "alphavantage" not in [host for host, _ in market.requests][0]
 
 
+def test_a_replay_needs_no_price(bot, market):
+    ticker = new_ticker()
+    market.yahoo(ticker, "10")
+    first = bot.buys(1, ticker, key="k")
+    wait_until(price_of(bot, ticker)["valid_until"])
+    market.yahoo(ticker, status=500)
+    again = bot.order("buy", 1, ticker, key="k")
+    assert (exact(again), again.headers["Idempotent-Replayed"]) == (first, "true")
+    assert refusal(bot.order("buy", 2, ticker, key="k")) == (422, "idempotency_key_reused")
+    assert refusal(bot.order("buy", 1, ticker, key="another")) == (503, "price_unavailable")
+
+
 def test_alpha_vantage_is_left_alone_while_yahoo_answers(bot, market):
     ticker = new_ticker()
     market.yahoo(ticker, "10")

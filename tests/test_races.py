@@ -137,6 +137,17 @@ def test_one_hot_account_conserves_every_cent_and_share(server):
     assert_books_hold(alice)
 
 
+def test_the_audit_sees_one_moment_while_others_trade(alice):
+    alice.sees("AAPL", at=1)
+
+    def audit_or_trade(trader, number):
+        if number % 2:
+            return [trader.audit()["differences"] for _ in range(15)]
+        return [trader.buys(1, "AAPL").get("code") or [] for _ in range(15)]
+
+    assert sum(at_once(copies(alice, 16), audit_or_trade), []) == [[]] * 16 * 15
+
+
 def test_trades_that_race_a_new_run_belong_to_one_run_or_the_other(alice):
     alice.sees("AAPL", at=1)
 
