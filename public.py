@@ -95,7 +95,10 @@ class Gate:
                 headers += [("Access-Control-Allow-Origin", origin), EXPOSED]
             return start_response(status, headers, *failure)
 
-        if origin and environ["REQUEST_METHOD"] == "OPTIONS":
+        is_preflight = (
+            environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
+        )
+        if origin and is_preflight:
             start("204 No Content", ALLOWED)  # A browser asks first, without a key, whether its page may ask.
             return []
         return self.app(environ, start)

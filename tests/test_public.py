@@ -135,6 +135,8 @@ def test_a_page_of_a_named_origin_may_call_and_read_what_a_bot_needs(limited):
         assert asked.headers["Access-Control-Allow-Origin"] == origin
         assert "Authorization" in asked.headers["Access-Control-Allow-Headers"]
         assert "POST" in asked.headers["Access-Control-Allow-Methods"]
+        plain = requests.options(f"{limited.url}/api/v1/trade", headers={"Origin": origin}, timeout=9)
+        assert plain.status_code == 401  # Only a browser's question is answered before it is known who asks.
         answer = asks_from(origin, limited, "POST")
         assert (answer.status_code, answer.headers["Vary"]) == (401, "Origin")
         assert answer.headers["Access-Control-Allow-Origin"] == origin
@@ -243,7 +245,7 @@ def redis_server(tmp_path):
 
 @on_one_database
 def test_processes_share_a_limit_through_redis_and_serve_without_it(database, redis_server):
-    settings = {"RATE_LIMIT": "10 per day", "RATELIMIT_STORAGE_URI": redis_server.url, "workers": 1}
+    settings = {"RATE_LIMIT": "10 per year", "RATELIMIT_STORAGE_URI": redis_server.url, "workers": 1}
     with Server(database.url, **settings) as one, Server(database.url, **settings) as two:
         greedy = one.trader(name="greedy")
 
