@@ -595,8 +595,7 @@ def trade():
         raise
 
     key = key or g.own_key
-    with Account.locked(g.user_id) as account:
-        holding, earlier = account.look_up(order.ticker, key)
+    with Account.locked(g.user_id, order.ticker, key) as (account, holding, earlier):
         if earlier and not options.dry_run:
             return replay(earlier, order)
         booked = account.fill(order, quote, holding, COSTS)
@@ -683,7 +682,7 @@ def reset():
     """
     query(NoOptions)
     start = read(Reset) if body() else Reset()
-    with Account.locked(g.user_id) as account:
+    with Account.locked(g.user_id) as (account, _, _):
         account.start_over(start.cash, market.time(replace(g.controls, clock=account.market_clock)))
     return {"user_id": g.user_id, "run": account.run, "cash_balance": account.cash_balance}
 
@@ -809,7 +808,7 @@ def set_clock():
     if at and not market.bars[0] <= at <= market.bars[-1]:
         span = f"from {iso(market.bars[0])} to {iso(market.bars[-1])}"
         raise invalid([{"field": "at", "message": f"must be a time {span}"}])
-    with Account.locked(g.user_id) as account:
+    with Account.locked(g.user_id) as (account, _, _):
         account.change(market_clock=at and market.bar_at(at))
     return market_now(account)
 
@@ -820,7 +819,7 @@ def advance():
     query(NoOptions)
     need_sample_market()
     bars = (read(Advance) if body() else Advance()).bars
-    with Account.locked(g.user_id) as account:
+    with Account.locked(g.user_id) as (account, _, _):
         if account.market_clock is None:
             raise Refused("clock_is_running", "Stop the clock first: PUT /api/v1/market/clock.")
         account.change(market_clock=market.bar_after(account.market_clock, bars))
@@ -847,7 +846,7 @@ def pinned(ticker: str, price: Decimal | None):
     ticker = checked(PathTicker, {"ticker": ticker}).ticker
     if ticker not in market.closes:
         raise Refused("unknown_ticker", f"There is no ticker {ticker} here.", ticker=ticker)
-    with Account.locked(g.user_id) as account:
+    with Account.locked(g.user_id) as (account, _, _):
         account.pin(ticker, price)
     return market_now(account)
 

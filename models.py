@@ -265,22 +265,35 @@ class OutcomeUnknown(Exception):
 def transaction(*first, begin=BEGIN, **values):
     """All statements of the block happen when it ends, or, on any exception, not one.
 
-    Yields the connection, and the rows of the `first` statement, which is sent along with the BEGIN.
-    The engine is in AUTOCOMMIT, so that single statements need none of this.
+    Yields the connection, and the rows of the last of the `first` statements, which are sent along with
+    the BEGIN. The engine is in AUTOCOMMIT, so that single statements need none of this.
     """
     with db.engine.connect() as connection:
         try:
             rows = send(connection, begin[connection.dialect.name], *first, **values)
             yield connection, rows
-            commit(connection)
+            if is_open(connection):
+                commit(connection)
         except BaseException:
             roll_back(connection)
             raise
 
 
-def commit(connection: sa.Connection) -> None:
+def is_open(connection: sa.Connection) -> bool:
+    """Whether the transaction still waits for its COMMIT, as the driver knows it."""
+    driver = connection.connection.dbapi_connection
+    if connection.dialect.name == "sqlite":
+        return driver.in_transaction
+    return driver.get_transaction_status() != psycopg2.extensions.TRANSACTION_STATUS_IDLE
+
+
+COMMIT = sa.text("COMMIT")
+
+
+def commit(connection: sa.Connection, *last, **values) -> sa.CursorResult:
+    """Send the `last` statements of the transaction with its COMMIT; what is read may come after it."""
     try:
-        connection.exec_driver_sql("COMMIT")
+        return send(connection, *(last or [COMMIT]), **values)
     except DBAPIError as error:
         if error.connection_invalidated:
             raise OutcomeUnknown from error
@@ -1015,16 +1028,24 @@ class Account(db.Model):
 
     @classmethod
     @contextmanager
-    def locked(cls, user_id: int):
+    def locked(cls, user_id: int, ticker: str | None = None, key: str | None = None):
         """The transaction: everything that changes an account happens in `with Account.locked(...)`.
 
-        The account's row is locked first and read after that, so whoever comes second waits and then
-        sees what the first one did. Leaving the block commits; an exception on the way undoes it all.
+        Yields the account, its holding of `ticker`, and the trade that it booked under the idempotency
+        key `key`, or None. The account's row is locked first and all is read after that, so whoever
+        comes second waits and then sees what the first one did; a join in the locking statement would
+        still see the holding as it was before the wait. Leaving the block commits; an exception on the
+        way undoes it all.
         """
-        with turn(user_id), transaction(LOCK_ACCOUNT, user_id=user_id) as (connection, rows):
-            account = cls(**rows.one()._mapping)
+        own = {"user_id": user_id, "ticker": ticker, "key": key}
+        with turn(user_id), transaction(LOCK_ACCOUNT, LOCKED_ACCOUNT, **own) as (connection, rows):
+            row = rows.one()._mapping
+            account = cls(**{name: row[name] for name in ACCOUNT_COLUMNS})
             account.connection = connection
-            yield account
+            quantity, cost_basis = row["held"] or Decimal(0), row["cost_basis"] or Decimal(0)
+            holding = Holding(user_id=user_id, ticker=ticker, quantity=quantity, cost_basis=cost_basis)
+            earlier = row["trade_id"] and Trade(**{name: row[f"trade_{name}"] for name in TRADE_COLUMNS})
+            yield account, holding, earlier
 
     @classmethod
     def with_holdings(cls, user_id: int) -> tuple["Account", list[sa.Row]]:
@@ -1061,21 +1082,8 @@ class Account(db.Model):
             "total_pnl": None if value is None else value - cost + realized,
         }
 
-    def look_up(self, ticker: str, key: str) -> tuple[Holding, Trade | None]:
-        """What the account holds of `ticker`, and the trade it booked under the idempotency key `key`.
-
-        Read after the lock, in a statement of its own: a join in the locking statement would still see
-        the holding as it was before the wait.
-        """
-        own = {"user_id": self.user_id, "ticker": ticker, "key": key}
-        row = self.connection.execute(SELECT_HOLDING_AND_TRADE, own).one()._mapping
-        quantity, cost_basis = row["held"] or Decimal(0), row["cost_basis"] or Decimal(0)
-        holding = Holding(user_id=self.user_id, ticker=ticker, quantity=quantity, cost_basis=cost_basis)
-        earlier = row["id"] and Trade(**{column.name: row[column.name] for column in Trade.__table__.columns})
-        return holding, earlier
-
     def record(self, trade: Trade, holding: Holding, key: str) -> None:
-        """Write the cash, the holding and the trade, and give the trade its id."""
+        """Write the cash, the holding and the trade, commit them, and give the trade its id."""
         trade.idempotency_key = key
         if not holding.quantity:
             write_holding = DELETE_HOLDING
@@ -1083,10 +1091,10 @@ class Account(db.Model):
             write_holding = INSERT_HOLDING
         else:
             write_holding = UPDATE_HOLDING
-        trade.id = send(
+        trade.id = commit(
             self.connection,
-            *(UPDATE_CASH, write_holding, INSERT_TRADE),
-            **{name: getattr(trade, name) for name in TRADE_COLUMNS},
+            *(UPDATE_CASH, write_holding, INSERT_TRADE, COMMIT, TRADE_ID),
+            **{name: getattr(trade, name) for name in TRADE_COLUMNS if name != "id"},
             owner=self.user_id,
             cash=self.cash_balance,
             of=trade.ticker,
@@ -1270,10 +1278,16 @@ SELECT_PINS = (
     .where(Pin.user_id == bindparam("user_id"))
     .order_by(Pin.id)
 )
-LOCK_ACCOUNT = sa.select(Account.__table__).where(Account.user_id == bindparam("user_id")).with_for_update()
-SELECT_HOLDING_AND_TRADE = (
-    sa.select(Holding.quantity.label("held"), Holding.cost_basis, Trade.__table__)
-    .select_from(Account)
+ACCOUNT_COLUMNS = Account.__table__.columns.keys()
+TRADE_COLUMNS = Trade.__table__.columns.keys()
+LOCK_ACCOUNT = sa.select(Account.user_id).where(Account.user_id == bindparam("user_id")).with_for_update()
+LOCKED_ACCOUNT = (
+    sa.select(
+        Account.__table__,
+        Holding.quantity.label("held"),
+        Holding.cost_basis,
+        *(column.label(f"trade_{column.name}") for column in Trade.__table__.columns),
+    )
     .outerjoin(Holding, (Holding.user_id == Account.user_id) & (Holding.ticker == bindparam("ticker")))
     .outerjoin(Trade, (Trade.user_id == Account.user_id) & (Trade.idempotency_key == bindparam("key")))
     .where(Account.user_id == bindparam("user_id"))
@@ -1320,5 +1334,7 @@ LATEST_QUOTE = (
     .order_by(PublishedQuote.number.desc())
     .limit(1)
 )
-TRADE_COLUMNS = [column.name for column in Trade.__table__.columns if column.name != "id"]
-INSERT_TRADE = sa.insert(Trade).values({n: bindparam(n) for n in TRADE_COLUMNS}).returning(Trade.id)
+INSERT_TRADE = sa.insert(Trade).values({n: bindparam(n) for n in TRADE_COLUMNS if n != "id"})
+TRADE_ID = sa.select(Trade.id).where(
+    Trade.user_id == bindparam("user_id"), Trade.idempotency_key == bindparam("idempotency_key")
+)

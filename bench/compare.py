@@ -73,7 +73,7 @@ TASKS = {
 }
 
 # All that the trade route sends to the database for a buy with an idempotency key, in this order. The app
-# needs five messages for them, pgbench and the raw loop send them one by one.
+# needs three messages for them, pgbench and the raw loop send them one by one.
 STATEMENTS = [
     models.USER_WITH_KEY,
     "BEGIN",
