@@ -1,4 +1,17 @@
-"""What gunicorn reads by itself, wherever it is started: one line of the log for each request."""
+"""What gunicorn reads by itself, wherever it is started."""
 
+import random
+
+# One line of the log for each request.
 accesslog = "-"
 access_log_format = '%(h)s "%(r)s" %(s)s %(B)s bytes %(M)s ms [%({x-request-id}o)s]'
+
+
+def pre_request(worker, request):
+    """Close one connection in fifty after its answer, so that it is made anew.
+
+    A connection that is kept stays with the worker that took it, and one worker may take most of them
+    while the other has little to do. Whoever has time takes the new one.
+    """
+    if random.random() < 0.02:
+        request.force_close()

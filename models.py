@@ -1048,6 +1048,12 @@ class Account(db.Model):
             yield account, holding, earlier
 
     @classmethod
+    def of(cls, user_id: int) -> sa.Row:
+        """The account as it is now, unlocked."""
+        with connected() as connection:
+            return connection.execute(SELECT_ACCOUNT, {"user_id": user_id}).one()
+
+    @classmethod
     def with_holdings(cls, user_id: int) -> tuple["Account", list[sa.Row]]:
         """The account and its holdings by ticker, of one moment, unlocked: one statement reads both."""
         with connected() as connection:
@@ -1280,6 +1286,7 @@ SELECT_PINS = (
 )
 ACCOUNT_COLUMNS = Account.__table__.columns.keys()
 TRADE_COLUMNS = Trade.__table__.columns.keys()
+SELECT_ACCOUNT = sa.select(Account.__table__).where(Account.user_id == bindparam("user_id"))
 LOCK_ACCOUNT = sa.select(Account.user_id).where(Account.user_id == bindparam("user_id")).with_for_update()
 LOCKED_ACCOUNT = (
     sa.select(

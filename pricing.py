@@ -559,28 +559,30 @@ class SampleMarket:
 
     def quote(self, ticker: str, controls: Controls = WALL_CLOCK) -> Quote:
         """The price of `ticker` in dollars at the account's clock, or what the account pinned it at."""
-        minute = now().replace(second=0, microsecond=0)
-        market_time = self.time(controls, minute)
-        price = controls.pins.get(ticker) or self.price(ticker, market_time)
-        if price is None:
+        quotes = self.quotes([ticker], controls)
+        if not quotes:
             raise no_such_ticker(ticker)
-        return Quote(
-            ticker=ticker,
-            price=price,
-            currency="USD",
-            source=self.name,
-            timestamp=controls.clock or minute,
-            valid_until=None if controls.clock else minute + timedelta(seconds=BAR_SECONDS),
-            controls=controls,
-            market_time=market_time,
-        )
+        return quotes[ticker]
 
     def quotes(self, tickers: list[str], controls: Controls = WALL_CLOCK) -> dict[str, Quote]:
-        quotes = {}
-        for ticker in tickers:
-            with suppress(Refused):
-                quotes[ticker] = self.quote(ticker, controls)
-        return quotes
+        """The quotes of those `tickers` that there are, all of the same moment."""
+        minute = now().replace(second=0, microsecond=0)
+        market_time = self.time(controls, minute)
+        prices = {ticker: controls.pins.get(ticker) or self.price(ticker, market_time) for ticker in tickers}
+        return {
+            ticker: Quote(
+                ticker=ticker,
+                price=price,
+                currency="USD",
+                source=self.name,
+                timestamp=controls.clock or minute,
+                valid_until=None if controls.clock else minute + timedelta(seconds=BAR_SECONDS),
+                controls=controls,
+                market_time=market_time,
+            )
+            for ticker, price in prices.items()
+            if price is not None
+        }
 
     def past(self, user_id: int, tickers: Iterable[str]) -> PastPrice:
         """What a ticker cost this user at some moment: the pin in force then, or the recorded bar."""

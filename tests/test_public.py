@@ -331,3 +331,10 @@ def test_the_memory_of_who_asked_does_not_grow_for_ever(public):
         counter.add(f"wrong keys from {name}", 60)
     assert len(counter.own) == counter.NAMES
     assert counter.add(f"wrong keys from {name}", 60) == 2
+
+
+def test_a_kept_connection_is_closed_now_and_then_so_that_another_worker_may_take_it(alice):
+    answers = [alice.ask("GET", "/api/v1/balance") for _ in range(600)]
+    assert {answer.status_code for answer in answers} == {200}
+    closed = sum(answer.headers["Connection"] == "close" for answer in answers)
+    assert 1 <= closed <= 60, closed
