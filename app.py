@@ -41,7 +41,7 @@ from flask.cli import AppGroup
 from flask.json.provider import JSONProvider
 from flask_migrate import Migrate, upgrade
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -352,9 +352,10 @@ def http_problem(error: HTTPException) -> Response:
 
 @app.errorhandler(OperationalError)
 @app.errorhandler(InterfaceError)
+@app.errorhandler(InternalError)  # A standby, say, which takes no writes.
 @app.errorhandler(sa.exc.TimeoutError)
 def database_unavailable(error: Exception) -> Response:
-    app.logger.error("The database does not answer: %s", type(error).__name__)
+    app.logger.error("The database does not answer: %s", type(getattr(error, "orig", error)).__name__)
     return problem("database_unavailable", "The database does not answer; try again in a moment.")
 
 
