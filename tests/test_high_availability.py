@@ -1,19 +1,25 @@
-"""A standby that takes over: nothing acknowledged is lost.
+"""A pooler between the broker and PostgreSQL, and a standby that takes over: nothing acknowledged is lost.
 
 All settings are read off docs/high-availability.md, so what it prints is what is tested.
 """
 
+import configparser
 import re
+import shutil
 import socket
+import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Database, Server, flask
 from postgres import COPY, PostgresServer, free_port
-from test_faults import eventually, under_load
+from test_deploy import program_named
+from test_faults import assert_time_limits_hold, eventually, under_load
+from test_races import at_once, copies, outcomes
 
 PAGE = (ROOT / "docs" / "high-availability.md").read_text()
 
@@ -23,12 +29,129 @@ def printed(title: str) -> str:
     return re.search(rf"^```\w+\n(?:#|--) {title}\n(.*?)^```", PAGE, re.M | re.S)[1]
 
 
-(ONE_OR_TWO,) = re.findall(r"^DATABASE_URL=(\S+)$", PAGE, re.M)
+ONE_OR_TWO, POOLED = re.findall(r"^DATABASE_URL=(\S+)$", PAGE, re.M)
 
 
 def one_or_two(one: int, two: int) -> str:
     """The page's URL of two servers, at these ports."""
     return ONE_OR_TWO.replace("one:5432", f"127.0.0.1:{one}").replace("two:5432", f"127.0.0.1:{two}")
+
+
+# PgBouncer
+
+
+class PgBouncer:
+    """Debian's PgBouncer with the page's settings, between the broker and `postgres`."""
+
+    def __init__(self, program: str, postgres: PostgresServer):
+        self.program, self.port, self.process = program, free_port(), None
+        self.run_as = postgres.run_as  # PgBouncer refuses to run as root, too.
+        self.folder = Path(tempfile.mkdtemp(prefix="broker-pgbouncer-"))
+        self.folder.chmod(0o755)
+        users = self.folder / "userlist.txt"
+        users.write_text('"broker" "secret"\n')
+        settings = configparser.ConfigParser()
+        settings.read_string(printed("pgbouncer.ini"))
+        here = {"listen_port": self.port, "auth_file": users, "unix_socket_dir": ""}
+        settings.read_dict(
+            {"databases": {"broker": f"host=127.0.0.1 port={postgres.port}"}, "pgbouncer": here}
+        )
+        with (self.folder / "pgbouncer.ini").open("w") as file:
+            settings.write(file)
+
+    def start(self) -> "PgBouncer":
+        command = [self.program, "--quiet", self.folder / "pgbouncer.ini"]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **self.run_as)
+        eventually(self.listens)
+        return self
+
+    def listens(self) -> bool:
+        with socket.socket() as caller:
+            return caller.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        self.kill()
+        shutil.rmtree(self.folder)
+
+
+@pytest.fixture(scope="module")
+def pooler(postgres):
+    with PgBouncer(program_named("pgbouncer"), postgres) as pooler:
+        yield pooler
+
+
+@pytest.fixture(scope="module")
+def behind(pooler, postgres):
+    """The database behind the pooler, looked at directly; its tables were made through the pooler."""
+    postgres.execute("CREATE ROLE broker LOGIN")
+    postgres.execute("CREATE DATABASE broker OWNER broker")
+    behind = Database(postgres.url("broker").replace("postgres@", "broker@"))
+    yield behind
+    behind.engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def pooled(pooler, behind):
+    url = POOLED.replace("6432", str(pooler.port))
+    Database(url).migrate()
+    with Server(url) as server:
+        yield server
+
+
+def test_through_a_pooler_one_trades_as_without_it(pooled):
+    alice = pooled.trader().sees("AAPL", at=100)
+    alice.buys(3, "AAPL", at=101, key="k")
+    assert alice.order("buy", 3, "AAPL", 101, key="k").headers["Idempotent-Replayed"] == "true"
+    alice.sells(1, "AAPL")
+    assert (alice.cash, alice.holdings) == (99797, {"AAPL": (2, 202)})
+    assert alice.audit() == {"ok": True, "trades": 2, "differences": []}
+    assert alice.ask("POST", "/api/v1/account/reset", json={"cash": 5}).json()["run"] == 2
+    assert alice.get("/api/v1/account/history", run=1)["summary"]["trades"] == 2
+
+
+def test_of_fifty_buys_through_a_pooler_with_cash_for_one_one_is_booked(pooled):
+    alice = pooled.trader(cash=100).sees("AAPL", at=100)
+    responses = at_once(copies(alice), lambda a, _: a.order("buy", 1, "AAPL"))
+    assert outcomes(responses) == {200: 1, "insufficient_funds": 49}
+    assert (alice.cash, alice.holdings) == (0, {"AAPL": (1, 100)})
+    assert alice.audit()["ok"]
+
+
+def test_the_time_limits_hold_through_a_pooler(pooled, behind):
+    assert_time_limits_hold(pooled.trader().sees("AAPL", at=100), behind)
+
+
+def test_a_commit_whose_answer_is_lost_behind_a_pooler_ends_in_the_truth(pooled, postgres):
+    alice = pooled.trader().sees("AAPL", at=1)
+
+    def wait_for(standby: str):
+        postgres.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{standby}'")
+        postgres.execute("SELECT pg_reload_conf()")
+        time.sleep(0.3)
+
+    wait_for("nobody")  # A COMMIT is then done, and not answered.
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(alice.order, "buy", 1, "AAPL")
+        cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        try:
+            eventually(lambda: postgres.execute(cut))
+        finally:
+            wait_for("")
+        assert asked.result().status_code == 200
+    assert [trade["id"] for trade in alice.trades] == [asked.result().json()["id"]]
+
+
+def test_no_trade_is_lost_when_a_pooler_dies(pooled, pooler):
+    with under_load(pooled.trader().sees("AAPL", at=1)):
+        pooler.kill()
+        pooler.start()
 
 
 # A standby
