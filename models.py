@@ -211,6 +211,14 @@ def wait_for_postgres(connection) -> None:
 psycopg2.extensions.set_wait_callback(wait_for_postgres)
 
 
+@sa.event.listens_for(sa.Engine, "handle_error")
+def leave_a_standby(context):
+    """A server that takes no writes is not, or no longer, the primary: the next try connects anew."""
+    read_only = "25006"
+    if getattr(context.original_exception, "pgcode", None) == read_only:
+        context.is_disconnect = True
+
+
 def connected() -> sa.Connection:
     """A connection for single statements, each of which is a transaction by itself."""
     return db.engine.connect()

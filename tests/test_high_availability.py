@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Database, Server, flask
 from postgres import COPY, PostgresServer, free_port
+from sqlalchemy import text
 from test_deploy import program_named
-from test_faults import assert_time_limits_hold, eventually, under_load
+from test_faults import eventually, under_load
 from test_races import at_once, copies, outcomes
 
 PAGE = (ROOT / "docs" / "high-availability.md").read_text()
@@ -124,8 +125,14 @@ def test_of_fifty_buys_through_a_pooler_with_cash_for_one_one_is_booked(pooled):
     assert alice.audit()["ok"]
 
 
-def test_the_time_limits_hold_through_a_pooler(pooled, behind):
-    assert_time_limits_hold(pooled.trader().sees("AAPL", at=100), behind)
+def test_the_limit_for_a_lock_holds_through_a_pooler(pooled, behind):
+    alice = pooled.trader().sees("AAPL", at=100)
+    with behind.engine.connect() as elsewhere:
+        lock = text("SELECT * FROM ibkr_balances WHERE user_id = :id FOR UPDATE")
+        elsewhere.execute(lock, {"id": alice.user_id})
+        refused = alice.order("buy", 1, "AAPL")
+    assert (refused.status_code, refused.json()["code"]) == (503, "database_unavailable")
+    assert 3 <= refused.elapsed.total_seconds() < 3.9
 
 
 def test_a_commit_whose_answer_is_lost_behind_a_pooler_ends_in_the_truth(pooled, postgres):
