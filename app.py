@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache, lru_cache
 from uuid import uuid4
@@ -945,13 +946,13 @@ def health():
     """
     database = database_health()
     healthy = database["status"] == "healthy"
-    memory = psutil.virtual_memory()
+    memory, started = psutil.virtual_memory(), process_started(os.getpid())
     return {
         "status": "healthy" if healthy else "unhealthy",
         "timestamp": iso(now()),
         "version": VERSION,
-        "uptime_seconds": round(time.monotonic() - STARTED),
-        "process": {"pid": os.getpid(), "started_at": STARTED_AT},
+        "uptime_seconds": round((now() - started).total_seconds()),
+        "process": {"pid": os.getpid(), "started_at": iso(started)},
         "server_info": {
             "platform": platform.system(),
             "platform_version": platform.release(),
@@ -988,7 +989,11 @@ class RequestsSeen:
         return {"count": self.count, "errors": self.errors, "latency_ms": percentiles}
 
 
-STARTED, STARTED_AT = time.monotonic(), iso(now())
+@cache
+def process_started(pid: int) -> datetime:
+    return datetime.fromtimestamp(psutil.Process(pid).create_time(), UTC)
+
+
 requests_seen = RequestsSeen()
 pinging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ping")
 

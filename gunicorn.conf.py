@@ -2,6 +2,9 @@
 
 import random
 
+# Workers are forked from a process that has loaded the program: they begin sooner and share its memory.
+preload_app = True
+
 # One line of the log for each request.
 accesslog = "-"
 access_log_format = '%(h)s "%(r)s" %(s)s %(B)s bytes %(M)s ms [%({x-request-id}o)s]'

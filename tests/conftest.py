@@ -6,6 +6,7 @@ is started from the development requirements.
 """
 
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -14,7 +15,10 @@ import sys
 import tempfile
 import time
 import uuid
+from contextlib import ExitStack, contextmanager
 from decimal import Decimal
+from fcntl import LOCK_EX, LOCK_SH, LOCK_UN, flock
+from functools import cache, partial
 from pathlib import Path
 
 import psutil
@@ -35,6 +39,30 @@ SETTINGS = {
 }
 
 
+LONGEST = "prices faults dashboard openapi deploy commands public races high_availability input".split()
+"""Of the files that are run side by side these begin first, so that none is left over at the end."""
+
+GATE, ROOM = (open(ROOT / name) for name in ("pyproject.toml", "README.md"))  # Any two files to lock will do.
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """While a test that is marked `alone` runs, the other processes of the test run wait: it measures."""
+    flock(GATE, LOCK_EX)  # Whoever waits for the room keeps those who come later from it.
+    flock(ROOM, LOCK_EX if item.get_closest_marker("alone") else LOCK_SH)
+    flock(GATE, LOCK_UN)
+    try:
+        return (yield)
+    finally:
+        flock(ROOM, LOCK_UN)
+
+
 def environment(**settings) -> dict:
     """This process's environment with these settings and no others, whatever .env says."""
     kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
@@ -47,12 +75,23 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@contextmanager
+def loaded(**settings):
+    """What app.py makes of these settings, in this process: a new one takes a second to load the program."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        for name, value in environment(**settings).items():
+            patch.setenv(name, value)
+        yield runpy.run_path(str(ROOT / "app.py"), run_name="app")
+
+
 def flask(*arguments: str, **settings) -> subprocess.CompletedProcess:
     """`flask --app app ARGUMENTS`."""
-    command = [sys.executable, "-m", "flask", "--app", "app", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=120
-    )
+    with loaded(**settings) as program:
+        done = program["app"].test_cli_runner().invoke(args=arguments)
+        with program["app"].app_context():
+            program["db"].engine.dispose()
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 class Server:
@@ -273,11 +312,11 @@ def engine_name(request):
 
 
 @pytest.fixture(scope="session")
-def new_database(engine_name, request):
-    """Makes empty databases of the engine that is on test: `new_database().migrate()`."""
+def new_database_on(request):
+    """Makes empty databases: `new_database_on("sqlite").migrate()`."""
     with tempfile.TemporaryDirectory() as folder:
 
-        def new() -> Database:
+        def new(engine_name: str) -> Database:
             if engine_name == "sqlite":
                 return Database(f"sqlite:///{folder}/{uuid.uuid4().hex}.db")
             needed = None if os.environ.get("TEST_DATABASE_URL") else request.getfixturevalue("postgres")
@@ -287,15 +326,30 @@ def new_database(engine_name, request):
 
 
 @pytest.fixture(scope="session")
-def database(new_database) -> Database:
-    return new_database().migrate()
+def new_database(new_database_on, engine_name):
+    """Makes empty databases of the engine that is on test: `new_database().migrate()`."""
+    return partial(new_database_on, engine_name)
 
 
 @pytest.fixture(scope="session")
-def server(database):
-    """A broker that serves the sample market to all tests that only need some account on it."""
-    with Server(database.url) as server:
-        yield server
+def broker_on(new_database_on):
+    """A broker on each engine, started when it is first needed: `broker_on("sqlite").url`."""
+    with ExitStack() as servers:
+        yield cache(
+            lambda engine_name: servers.enter_context(Server(new_database_on(engine_name).migrate().url))
+        )
+
+
+@pytest.fixture(scope="session")
+def server(broker_on, engine_name) -> Server:
+    """The broker that serves the sample market to all tests that only need some account on it."""
+    return broker_on(engine_name)
+
+
+@pytest.fixture(scope="session")
+def database(server) -> Database:
+    """The server's database."""
+    return Database(server.database_url)
 
 
 @pytest.fixture

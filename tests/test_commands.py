@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import requests
-from conftest import ROOT, Server, Trader, environment, flask
+from conftest import ROOT, Server, Trader, environment, flask, loaded
 
 
 def user(database, *arguments):
@@ -89,7 +89,15 @@ def test_the_audit_command_finds_nothing_on_honest_books(alice, database):
     assert done.stdout.endswith("trades replayed, 0 differences.\n")
 
 
-UNREACHABLE = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/x"}
+def python_app_py(**settings) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "app.py"],
+        cwd=ROOT,
+        env=environment(PRICE_SOURCES="sample", **settings),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +109,6 @@ UNREACHABLE = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/x"}
         {"PRICE_SOURCES": "yahoo,sample"},
         {"PRICE_SOURCES": "alphavantage"},
         {"DATABASE_URL": "mysql://localhost/x"},
-        UNREACHABLE,
         {"PRICE_CACHE_SECONDS": "0"},
         {"STARTING_CASH": "-5"},
         {"COMMISSION_BPS": "NaN"},
@@ -109,23 +116,31 @@ UNREACHABLE = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/x"}
         {"CORS_ORIGINS": "https://example.com/"},
         {"RATE_LIMIT": "0 per minute"},
         {"RATELIMIT_STORAGE_URI": "redis://127.0.0.1:port"},
-        {"DYNO": "web.1", "ADMIN_API_KEY": "fifteen-letters"},
     ],
     ids=str,
 )
-def test_a_bad_setting_ends_with_one_clear_line(bad):
-    settings = {"PRICE_SOURCES": "sample", "PORT": 1, "DATABASE_URL": "sqlite:////nowhere/x.db"} | bad
-    done = subprocess.run(
-        [sys.executable, "app.py"],
-        cwd=ROOT,
-        env=environment(**settings),
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+def test_a_bad_setting_ends_the_program_with_one_clear_line(bad):
+    with pytest.raises(SystemExit) as end, loaded(**{"PRICE_SOURCES": "sample"} | bad):
+        pass
+    (line,) = end.value.code.splitlines()
+    assert line.startswith(list(bad)[-1]), line
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"PORT": "abc"}, "PORT cannot be used: "),
+        ({"DYNO": "web.1", "ADMIN_API_KEY": "fifteen-letters"}, "ADMIN_API_KEY cannot be used: "),
+        ({"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/x"}, "The database cannot be used "),
+        ({"DATABASE_URL": "sqlite:////nowhere/x.db"}, "The database cannot be used "),
+    ],
+    ids=str,
+)
+def test_python_app_py_ends_with_one_line_and_the_exit_code_1(bad, says):
+    done = python_app_py(**bad)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith((list(bad)[-1], "The database cannot be used")[bad == UNREACHABLE]), line
+    assert line.startswith(says), line
 
 
 def test_the_test_user_is_never_made_on_a_database_that_was_named(new_database):
@@ -135,13 +150,6 @@ def test_the_test_user_is_never_made_on_a_database_that_was_named(new_database):
 
 
 def test_a_database_without_tables_is_one_clear_line(new_database):
-    done = subprocess.run(
-        [sys.executable, "app.py"],
-        cwd=ROOT,
-        env=environment(PRICE_SOURCES="sample", DATABASE_URL=new_database().url),
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+    done = python_app_py(DATABASE_URL=new_database().url)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

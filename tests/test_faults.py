@@ -239,6 +239,7 @@ def test_without_a_database_every_route_says_so_quickly_and_heals(broken, carol)
     assert carol.audit() == {"ok": True, "trades": 2, "differences": []}
 
 
+@pytest.mark.alone
 def test_a_frozen_postgres_holds_no_request_for_long(broken, carol):
     broken.postgres.pause()
     try:
@@ -371,6 +372,7 @@ def test_a_lock_held_elsewhere_is_waited_for_and_then_refused_not_failed(broken,
     assert len(carol.trades) == 1
 
 
+@pytest.mark.alone
 def test_a_crowd_that_waits_for_one_account_keeps_no_connection_from_the_others(broken, carol):
     bob = broken.server.trader(name="bob").sees("AAPL", at=100)
     with broken.database.engine.connect() as elsewhere, ThreadPoolExecutor(15) as pool:

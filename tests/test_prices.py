@@ -658,6 +658,7 @@ def test_a_quote_is_honoured_by_every_process_until_it_ends(crowd, live_database
             assert [trade["market_price"]] == [price for _, _, price in in_force]
 
 
+@pytest.mark.alone
 def test_two_hundred_who_wait_for_yahoo_hold_up_nobody_else(crowd, market):
     alice, tickers = crowd.trader(), [new_ticker() for _ in range(200)]
     wait_until_warm(crowd, alice, market)
@@ -776,6 +777,7 @@ def test_python_app_py_serves_the_sample_where_yahoo_does_not_answer(program, ma
     assert (program / "instance" / "sample.db").exists()
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"], indirect=True, scope="session")
 def test_a_cold_server_turns_to_alpha_vantage_soon_while_all_of_yahoo_hangs(
     live_server, new_database, market
 ):

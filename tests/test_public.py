@@ -103,7 +103,7 @@ def test_the_health_says_which_process_answers_and_since_when(server):
     workers = {child.pid: child for child in psutil.Process(server.process.pid).children()}
     assert len(told) == len({pid for pid, _ in told})  # Each says the same whenever it is asked.
     for pid, since in told:
-        assert 0 < datetime.fromisoformat(since).timestamp() - workers[pid].create_time() < 30
+        assert abs(datetime.fromisoformat(since).timestamp() - workers[pid].create_time()) < 0.1
 
 
 # Other origins
@@ -333,8 +333,9 @@ def test_the_memory_of_who_asked_does_not_grow_for_ever(public):
     assert counter.add(f"wrong keys from {name}", 60) == 2
 
 
+@on_one_database
 def test_a_kept_connection_is_closed_now_and_then_so_that_another_worker_may_take_it(alice):
-    answers = [alice.ask("GET", "/api/v1/balance") for _ in range(600)]
+    answers = [alice.ask("GET", "/api/v1/rules") for _ in range(600)]
     assert {answer.status_code for answer in answers} == {200}
     closed = sum(answer.headers["Connection"] == "close" for answer in answers)
     assert 1 <= closed <= 60, closed

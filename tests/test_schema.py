@@ -16,7 +16,6 @@ def test_the_schema_goes_up_and_down_and_up_again(new_database):
     for step in (["upgrade"], ["check"], ["downgrade", "base"], ["upgrade"], ["check"]):
         done = flask("db", *step, DATABASE_URL=database.url)
         assert done.returncode == 0, done.stderr
-    assert "No new upgrade operations detected" in done.stdout + done.stderr
 
 
 def test_the_tables_have_the_columns_that_were_promised(database):
