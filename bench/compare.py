@@ -12,6 +12,7 @@ Only the ratios mean something: server, database and load share the machine's pr
 
 import argparse
 import json
+import logging
 import os
 import re
 import sqlite3
@@ -61,6 +62,7 @@ WORKER_CLASSES = {
     "sync": ["--worker-class", "sync"],
     **{f"gthread, {n} threads": ["--worker-class", "gthread", "--threads", n] for n in (4, 8, 16)},
 }
+BARE = "bare:app"  # In `bare.py`.
 MANY, HOT = ("TRADE", 1, USERS), ("TRADE", 1, 1)  # What is asked, the first account and how many.
 TASKS = {
     "trade, many users": MANY,
@@ -78,11 +80,12 @@ STATEMENTS = [
     models.USER_WITH_KEY,
     "BEGIN",
     models.LOCK_ACCOUNT,
-    models.SELECT_HOLDING_AND_TRADE,
+    models.LOCKED_ACCOUNT,
     models.UPDATE_CASH,
     models.UPDATE_HOLDING,
     models.INSERT_TRADE,
     "COMMIT",
+    models.TRADE_ID,
 ]
 
 
@@ -194,6 +197,18 @@ def wrk(server: Server, task: tuple, seconds: float) -> float:
     if result["failed"]:
         print(f"! {result['failed']} of {result['count']} failed: {ask} at {server.command[0]}", flush=True)
     return result["count"] / result["seconds"]
+
+
+def processor_time(server: Server, task: tuple, seconds: float) -> float:
+    """Microseconds that an answer costs the server: steadier than how many there are in a second."""
+
+    def used() -> float:
+        workers = psutil.Process(server.process.pid).children()
+        return sum(sum(worker.cpu_times()[:2]) for worker in workers) * 1e6
+
+    before = used()
+    answers = wrk(server, task, seconds) * seconds
+    return (used() - before) / answers
 
 
 def pgbench(postgres: PostgresServer, database: str, task: tuple, seconds: float, folder: Path) -> float:
@@ -333,6 +348,15 @@ def compare(postgres: PostgresServer, folder: Path, count: int, seconds: float) 
         audit = flask("audit", DATABASE_URL=urls[name], PRICE_SOURCES="sample").stdout.splitlines()[-1]
         print(f"The books of the {name} after that: {audit}")
     with ExitStack() as running:
+        bare = [BARE if part == "app:app" else part for part in SERVERS["app"]]
+        commands = {"app": SERVERS["app"], "bare": [*bare, "--pythonpath", HERE]}
+        servers = {n: running.enter_context(serving(c, base, folder)) for n, c in commands.items()}
+        contenders = {n: partial(processor_time, server) for n, server in servers.items()}
+        used = rounds("Features that nobody uses", contenders, {"trade": MANY}, 11, seconds)
+    app, bare = used["app"]["trade"], used["bare"]["trade"]
+    rows = [["processor time, us", "app", "without its features", "ratio"], ["trade", app, bare, app / bare]]
+    table(rows)
+    with ExitStack() as running:
         options = WORKER_CLASSES.items()
         commands = {n: [*GUNICORN, "--workers", WORKERS, "--no-control-socket", *o] for n, o in options}
         servers = {n: running.enter_context(serving(c, base, folder)) for n, c in commands.items()}
@@ -359,6 +383,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one short round, and no history of a million")
     quick = parser.parse_args().quick
+    logging.disable(logging.INFO)  # The migrations would tell of each step.
     count, seconds = (1, 2) if quick else (3, 4)
     with tempfile.TemporaryDirectory(prefix="broker-bench-") as folder:
         folder = Path(folder)
