@@ -112,6 +112,7 @@ def python_app_py(**settings) -> subprocess.CompletedProcess:
         {"PRICE_CACHE_SECONDS": "0"},
         {"STARTING_CASH": "-5"},
         {"COMMISSION_BPS": "NaN"},
+        {"SLIPPAGE_BPS": "10000.1"},
         {"SAMPLE_MARKET": "/nowhere.csv"},
         {"CORS_ORIGINS": "https://example.com/"},
         {"RATE_LIMIT": "0 per minute"},
