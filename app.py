@@ -22,7 +22,6 @@ import re
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,6 +29,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache, lru_cache
+from json.encoder import encode_basestring_ascii as quoted
 from uuid import uuid4
 
 import click
@@ -95,7 +95,8 @@ VERSION = "1.0.0"
 # --------------------------------------------------------------------------------------------- App
 
 load_dotenv()
-# One line a trade, one a failed source. The line of each request is gunicorn's: `gunicorn.conf.py`.
+# One line a request, one a trade, one a failed source; not from where in the code, which takes time.
+logging._srcfile = None
 logging.basicConfig(level=logging.INFO, format="%(message)s%(request_id)s")
 logging.getLogger().handlers[0].addFilter(public.with_request_id)
 
@@ -227,9 +228,6 @@ def is_passing(error: Exception) -> bool:
     )
 
 
-quoted = lru_cache(json.dumps)
-
-
 class ExactJSON(JSONProvider):
     """JSON with a newline at the end, and with the exact digits of Decimals.
 
@@ -238,22 +236,30 @@ class ExactJSON(JSONProvider):
     """
 
     def dumps(self, document, **options) -> str:
-        return self.json(document) + "\n"
+        return in_json(document) + "\n"
 
-    def json(self, value) -> str:
-        if isinstance(value, Decimal):
-            return plain(value)
-        if isinstance(value, dict):
-            members = [f"{quoted(name)}: {self.json(member)}" for name, member in value.items()]
-            return "{" + ", ".join(members) + "}"
-        if isinstance(value, list | tuple):
-            return "[" + ", ".join(map(self.json, value)) + "]"
-        return json.dumps(value)
+
+def in_json(value) -> str:
+    return WRITERS.get(type(value), json.dumps)(value)
+
+
+@lru_cache
+def object_with(*names: str) -> str:
+    """The JSON of an object with members of these names, but for their values."""
+    return "{" + ", ".join(quoted(name).replace("%", "%%") + ": %s" for name in names) + "}"
+
+
+WRITERS = {
+    str: quoted,
+    Decimal: plain,
+    dict: lambda members: object_with(*members) % tuple(map(in_json, members.values())),
+    list: lambda items: "[" + ", ".join(map(in_json, items)) + "]",
+}
 
 
 app = Simulator("app")  # By name: `instance/` is then beside this file, wherever it is started from.
 app.json = ExactJSON(app)
-app.wsgi_app = public.Gate(app.wsgi_app, CORS_ORIGINS)
+app.wsgi_app = gate = public.Gate(app.wsgi_app, CORS_ORIGINS)
 app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
 app.config["SQLALCHEMY_DATABASE_URI"] = DATABASE_URL
@@ -262,6 +268,7 @@ app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
     "pool_size": 6,  # Of two workers: 12, and a small database lets 15 in.
     "max_overflow": 0,
     "pool_timeout": 3,
+    "pool_reset_on_return": None,  # `transaction` in models.py gives none back that is not over.
     "connect_args": {"timeout": 15}
     if DATABASE_URL.startswith("sqlite")
     else {"tcp_user_timeout": 2000},  # Milliseconds until a machine that is gone without a word is given up.
@@ -395,21 +402,20 @@ def admit() -> None:
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     key = key.strip() if scheme.lower() == "bearer" else ""
     is_admin = ADMIN_API_KEY and hmac.compare_digest(User.hash(key), User.hash(ADMIN_API_KEY))
-    user = User.with_key(key) if key and not is_admin else None
-    if not (is_admin or user):
+    account = User.with_key(key) if key and not is_admin else None
+    if not (is_admin or account):
         counter.count(f"wrong keys from {public.client_address()}", public.WRONG_KEYS)
         raise Refused("unauthorized", "Send your API key: `Authorization: Bearer <key>`.")
-    counter.count(f"user {user.id}" if user else "admin", RATE_LIMIT)
+    counter.count(f"user {account.user_id}" if account else "admin", RATE_LIMIT)
     is_admins_path = re.match("/api/v1/users(/|$)", request.path)
     if is_admins_path and not is_admin:
         raise Refused("forbidden", "Accounts are managed with the server's ADMIN_API_KEY, if it has one.")
     if is_admin and not is_admins_path:
         raise Refused("forbidden", "The admin's key manages accounts; it has none of its own to trade with.")
-    if user:
-        g.user_id = user.id
-        g.controls = Controls(user.market_clock, user.pin_changes)
-        if user.pin_changes:
-            g.controls = replace(g.controls, pins=Pin.in_force(user.id))
+    if account:
+        g.account, g.user_id = account, account.user_id
+        pins = Pin.in_force(g.user_id) if account.pin_changes else {}
+        g.controls = Controls(account.market_clock, account.pin_changes, pins)
 
 
 @cache
@@ -571,7 +577,7 @@ class PinnedPrice(NoOptions):
 def balance():
     """Your cash, in dollars."""
     query(NoOptions)
-    return {"user_id": g.user_id, "cash_balance": Account.of(g.user_id).cash_balance}
+    return {"user_id": g.user_id, "cash_balance": g.account.cash_balance}
 
 
 @app.get("/api/v1/price/<ticker>")
@@ -614,31 +620,31 @@ def trade():
 
     # One of its own makes an order without a key as safe to repeat in here as one with.
     key = key or g.setdefault("own_key", f"request {uuid4()}")
-    with Account.locked(g.user_id, order.ticker, key) as (account, holding, earlier):
+    with Account.locked(g.user_id, order.ticker, key) as (account, position, earlier):
         if earlier and not options.dry_run:
             return replay(earlier, order)
-        booked = account.fill(order, quote, holding, COSTS)
+        booked = account.fill(order, quote, position, COSTS)
         if fault == "error_before_commit":
             raise Refused("database_unavailable", "A drill: this trade failed and was not booked.")
         if options.dry_run:
-            return booked.to_dict() | {"dry_run": True}
-        account.record(booked, holding, key)
+            return Trade.to_dict(booked) | {"dry_run": True}
+        account.record(booked, position, key)
     if fault == "error_after_commit":
         raise Refused("outcome_unknown", "A drill: the answer to this trade was lost. Was it booked?")
     app.logger.info("trade %s: user %s %s", booked.id, g.user_id, order)
-    return booked.to_dict()
+    return Trade.to_dict(booked)
 
 
-def replay(earlier: Trade, order: Order):
+def replay(earlier: tuple, order: Order):
     """The first answer once more, for a key that has been used; refused if for another order."""
-    if not earlier.is_for(order):
+    if not Trade.is_for(earlier, order):
         raise Refused(
             "idempotency_key_reused",
             f"This Idempotency-Key belongs to trade {earlier.id}, which came of another order.",
             trade_id=str(earlier.id),
         )
     own = earlier.idempotency_key == g.get("own_key")  # We booked it, but lost the answer to our COMMIT.
-    return earlier.to_dict(), {} if own else {"Idempotent-Replayed": "true"}
+    return Trade.to_dict(earlier), {} if own else {"Idempotent-Replayed": "true"}
 
 
 @app.get("/api/v1/trades")
@@ -665,7 +671,7 @@ def trades():
 def trades_csv():
     """All your trades that pass the filters, newest first, as CSV."""
     filters = query(Filters).model_dump()
-    filters["run"] = filters["run"] or Account.of(g.user_id).run  # One run from end to end.
+    filters["run"] = filters["run"] or g.account.run  # One run from end to end.
 
     def lines() -> Iterator[str]:
         cursor, size = None, 1000
@@ -966,28 +972,8 @@ def health():
         },
         "database": database,
         "prices": market.health(),
-        "requests": requests_seen.health(),
+        "requests": gate.seen.health(),
     }, 200 if healthy else 503
-
-
-class RequestsSeen:
-    """How many requests this process has answered, and how long the last thousand took."""
-
-    def __init__(self):
-        self.count = self.errors = 0
-        self.milliseconds = deque(maxlen=1000)
-
-    def add(self, seconds: float, status: int) -> None:
-        self.count += 1
-        self.errors += status >= 500
-        self.milliseconds.append(seconds * 1000)
-
-    def health(self) -> dict:
-        last = sorted(self.milliseconds.copy()) or [0.0]
-        percentiles = {
-            f"p{p}": round(last[min(len(last) * p // 100, len(last) - 1)], 2) for p in (50, 95, 99)
-        }
-        return {"count": self.count, "errors": self.errors, "latency_ms": percentiles}
 
 
 @cache
@@ -995,7 +981,6 @@ def process_started(pid: int) -> datetime:
     return datetime.fromtimestamp(psutil.Process(pid).create_time(), UTC)
 
 
-requests_seen = RequestsSeen()
 pinging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ping")
 
 
@@ -1018,19 +1003,6 @@ def database_health() -> dict:
         answer.cancel()  # If the ping before this one still hangs, this one is not needed either.
         return {"status": "unhealthy", "engine": engine, "latency_ms": None}
     return {"status": "healthy", "engine": engine, "latency_ms": latency}
-
-
-@app.before_request
-def begin():
-    g.started = time.perf_counter()
-
-
-@app.after_request
-def finish(response: Response) -> Response:
-    if request.path.startswith("/api/"):
-        response.headers["Cache-Control"] = "no-store"
-    requests_seen.add(time.perf_counter() - g.started, response.status_code)
-    return response
 
 
 # ---------------------------------------------------------------------------------------- Commands

@@ -5,10 +5,6 @@ import random
 # Workers are forked from a process that has loaded the program: they begin sooner and share its memory.
 preload_app = True
 
-# One line of the log for each request.
-accesslog = "-"
-access_log_format = '%(h)s "%(r)s" %(s)s %(B)s bytes %(M)s ms [%({x-request-id}o)s]'
-
 
 def pre_request(worker, request):
     """Close one connection in fifty after its answer, so that it is made anew.

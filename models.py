@@ -14,20 +14,21 @@ import re
 import secrets
 import select
 import sqlite3
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal, DefaultContext, setcontext
-from functools import cache
+from functools import cache, lru_cache
 from threading import Lock
 from typing import Annotated, Literal
 from weakref import WeakValueDictionary
 
-import psycopg2.extensions
+import psycopg2
 import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
+from psycopg2.extensions import POLL_OK, POLL_READ, TRANSACTION_STATUS_IDLE, set_wait_callback
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, bindparam
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -75,7 +76,9 @@ def percent(part: Decimal, whole: Decimal) -> Decimal | None:
 
 def plain(number: Decimal) -> str:
     """The exact digits of `number`: no exponent, no trailing zeros, no minus before a zero."""
-    text = f"{number:f}"
+    text = str(number)
+    if "E" in text:
+        text = f"{number:f}"
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
@@ -86,9 +89,10 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+@lru_cache
 def iso(moment: datetime | None) -> str | None:
     """`moment` as RFC 3339, in UTC, ending in `Z`."""
-    return moment and moment.isoformat().replace("+00:00", "Z")
+    return moment and moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def moment_from(text: str) -> datetime:
@@ -200,22 +204,27 @@ def wait_for_postgres(connection) -> None:
     A server that hangs keeps its connections open, and libpq has no limit for an answer. Psycopg calls
     this whenever it waits, and closes the connection when an exception leaves it.
     """
-    while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
-        reads = state == psycopg2.extensions.POLL_READ
+    while (state := connection.poll()) != POLL_OK:
         socket = select.poll()
-        socket.register(connection, select.POLLIN if reads else select.POLLOUT)
+        socket.register(connection, select.POLLIN if state == POLL_READ else select.POLLOUT)
         if not socket.poll(ANSWER_SECONDS * 1000):
             raise psycopg2.OperationalError(f"PostgreSQL was silent for {ANSWER_SECONDS} seconds.")
 
 
-psycopg2.extensions.set_wait_callback(wait_for_postgres)
+set_wait_callback(wait_for_postgres)
+
+
+READ_ONLY, NO_SUCH_NAME, NAME_IS_TAKEN, PLAN_IS_OLD = "25006", "26000", "42P05", "0A000"
 
 
 @sa.event.listens_for(sa.Engine, "handle_error")
-def leave_a_standby(context):
-    """A server that takes no writes is not, or no longer, the primary: the next try connects anew."""
-    read_only = "25006"
-    if getattr(context.original_exception, "pgcode", None) == read_only:
+def leave_the_connection(context):
+    """Have the next try connect anew where this one met a standby, which takes no writes, or something that
+    we had not prepared: a pooler has lent us another connection, or a migration has changed a table."""
+    code = getattr(context.original_exception, "pgcode", None)
+    if code in (NO_SUCH_NAME, NAME_IS_TAKEN):
+        Prepared.is_possible = False
+    if code in (READ_ONLY, NO_SUCH_NAME, NAME_IS_TAKEN, PLAN_IS_OLD):
         context.is_disconnect = True
 
 
@@ -224,44 +233,104 @@ def connected() -> sa.Connection:
     return db.engine.connect()
 
 
-def send(connection: sa.Connection, *statements, **values) -> sa.CursorResult:
+def send(connection: sa.Connection, *statements, **values) -> list[tuple]:
     """Execute `statements` one after the other with these `values`; answers the last one's rows.
 
-    PostgreSQL gets all of them in one message: on a busy account it is the messages to and fro that the
-    next trade waits for.
+    They are plain text, or those at the end of this file. PostgreSQL gets all of them in one message: on a
+    busy account it is the messages to and fro that the next trade waits for.
     """
-    if connection.dialect.name == "postgresql":
-        return connection.execute(one_message(connection.dialect, statements), values)
-    for statement in statements:
-        rows = connection.execute(statement, {name: values[name] for name in names_in(statement)})
-    return rows
+    script = [written(statement, connection.dialect) for statement in statements]
+    cursor = connection.connection.cursor()
+    try:
+        if connection.dialect.name == "sqlite":
+            for statement in script:
+                cursor.execute(statement.sql, statement.bound(values))
+        elif Prepared.is_possible:
+            prepare(connection, script)
+            cursor.execute("; ".join([statement.call for statement in script]), values)
+        else:
+            cursor.execute("; ".join([statement.sql for statement in script]), values)
+        return script[-1].rows(cursor.fetchall()) if cursor.description else []
+    except connection.dialect.dbapi.Error as error:  # SQLAlchemy knows what to make of it.
+        connection._handle_dbapi_exception(error, None, None, cursor, None)
 
 
 @cache
-def names_in(statement) -> tuple[str, ...]:
-    """The names of the values that `statement` takes."""
-    return tuple(statement.compile().binds)
+def written(statement, dialect: sa.Dialect) -> "Prepared | Converted":
+    """`statement` in the words of one database; to write it takes longer than the database's answer."""
+    return (Converted if dialect.name == "sqlite" else Prepared)(statement, dialect)
 
 
-@cache
-def one_message(dialect: sa.Dialect, statements: tuple) -> sa.TextClause:
-    named = type(dialect)(paramstyle="named")
-    sql = "; ".join(str(statement.compile(dialect=named)) for statement in statements)
-    return sa.text(sql).columns(*getattr(statements[-1], "exported_columns", ()))
+class Prepared:
+    """A statement that PostgreSQL is told of once a connection, by PREPARE, and that is then called by name.
+
+    PostgreSQL plans each text that it gets anew, which is most of its work on a trade; what was prepared it
+    has planned. A pooler that lends another connection for each transaction makes that impossible: there the
+    name may be unknown, or taken already. When that is seen, all is sent as text from then on.
+    """
+
+    is_possible = True
+
+    def __init__(self, statement, dialect: sa.Dialect):
+        if isinstance(statement, str):  # Such as BEGIN, which has no plan.
+            self.sql, self.prepare, self.call = statement, None, statement
+            return
+        self.sql = str(statement.compile(dialect=dialect))
+        numbered = statement.compile(dialect=type(dialect)(paramstyle="numeric_dollar"))
+        name = "s" + hashlib.sha256(self.sql.encode()).hexdigest()[:16]
+        self.prepare = f"PREPARE {name} AS {numbered}"
+        self.call = f"EXECUTE {name}({', '.join(f'%({value})s' for value in numbered.positiontup)})"
+        self.row = namedtuple("Row", statement.exported_columns.keys())
+
+    def rows(self, rows: list) -> list[tuple]:
+        return list(map(self.row._make, rows))
+
+
+def prepare(connection: sa.Connection, script: list[Prepared]) -> None:
+    """PREPARE those statements that this connection has not sent before."""
+    known = connection.info.setdefault("prepared", {None})
+    new = {statement.prepare for statement in script} - known
+    if new:
+        connection.exec_driver_sql("; ".join(new))
+        known |= new
+
+
+class Converted:
+    """A statement for SQLite, which has no exact decimals and no time zones: the types above convert them."""
+
+    def __init__(self, statement, dialect: sa.Dialect):
+        if isinstance(statement, str):
+            self.sql, self.writers = statement, {}
+            return
+        compiled = statement.compile(dialect=type(dialect)(paramstyle="named"))
+        columns = statement.exported_columns
+        self.sql = str(compiled)
+        self.row = namedtuple("Row", columns.keys())
+        kinds = {name: bind.type.dialect_impl(dialect) for name, bind in compiled.binds.items()}
+        self.writers = {name: kind.bind_processor(dialect) or as_it_is for name, kind in kinds.items()}
+        kinds = [column.type.dialect_impl(dialect) for column in columns]
+        self.readers = [kind.result_processor(dialect, None) or as_it_is for kind in kinds]
+
+    def bound(self, values: dict) -> dict:
+        return {name: write(values[name]) for name, write in self.writers.items()}
+
+    def rows(self, rows: list) -> list[tuple]:
+        return [self.row(*(read(v) for read, v in zip(self.readers, row, strict=True))) for row in rows]
+
+
+def as_it_is(value):
+    return value
 
 
 LIMITS = "SET LOCAL lock_timeout = '3s'; SET LOCAL statement_timeout = '5s'"
 """How long PostgreSQL tries. Said in each transaction: a pooler lends its connections out for one at a time,
 refuses what is asked on connecting, and forgets what was set in the transaction before."""
 
-BEGIN = {"postgresql": sa.text(f"BEGIN; {LIMITS}"), "sqlite": sa.text("BEGIN IMMEDIATE")}
+BEGIN = {"postgresql": f"BEGIN; {LIMITS}", "sqlite": "BEGIN IMMEDIATE"}
 """How a transaction that may write begins. SQLite knows no row locks: this takes the whole database's lock
 at once, for of two that begin without it, and want to write later, one must fail."""
 
-SNAPSHOT = {
-    "postgresql": sa.text(f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {LIMITS}"),
-    "sqlite": sa.text("BEGIN"),
-}
+SNAPSHOT = {"postgresql": f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {LIMITS}", "sqlite": "BEGIN"}
 """How one begins that reads several times and sees the same moment each time."""
 
 
@@ -292,16 +361,13 @@ def is_open(connection: sa.Connection) -> bool:
     driver = connection.connection.dbapi_connection
     if connection.dialect.name == "sqlite":
         return driver.in_transaction
-    return driver.get_transaction_status() != psycopg2.extensions.TRANSACTION_STATUS_IDLE
+    return driver.get_transaction_status() != TRANSACTION_STATUS_IDLE
 
 
-COMMIT = sa.text("COMMIT")
-
-
-def commit(connection: sa.Connection, *last, **values) -> sa.CursorResult:
+def commit(connection: sa.Connection, *last, **values) -> list[tuple]:
     """Send the `last` statements of the transaction with its COMMIT; what is read may come after it."""
     try:
-        return send(connection, *(last or [COMMIT]), **values)
+        return send(connection, *(last or ["COMMIT"]), **values)
     except DBAPIError as error:
         if error.connection_invalidated:
             raise OutcomeUnknown from error
@@ -431,7 +497,7 @@ Moment = Annotated[datetime, BeforeValidator(moment_from)]
 class Order(BaseModel):
     """What a bot asks for."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid")
 
     ticker: Ticker = Field(description="What to trade", examples=["AAPL"])
     action: Action
@@ -441,6 +507,9 @@ class Order(BaseModel):
         description="Dollars each: the most to pay, or the least to take. Without it: the market price",
         examples=["150.25"],
     )
+
+    def __str__(self) -> str:
+        return f"{self.action} {plain(self.quantity)} {self.ticker} at {self.price or 'the market'}"
 
 
 # ------------------------------------------------------------------------------------------- Tables
@@ -464,12 +533,13 @@ class User(db.Model):
 
     @classmethod
     def with_key(cls, api_key: str) -> sa.Row | None:
-        """The user whose key this is: id, market_clock, pin_changes.
+        """The account of whoever has this key: user_id, cash_balance, run, market_clock, pin_changes.
 
         The hash is looked up, so timing tells nothing of the key.
         """
         with connected() as connection:
-            return connection.execute(USER_WITH_KEY, {"hash": cls.hash(api_key)}).first()
+            found = send(connection, USER_WITH_KEY, hash=cls.hash(api_key))
+        return found[0] if found else None
 
     @classmethod
     def open(cls, email: str, cash: Decimal, api_key: str | None = None) -> tuple[int, str]:
@@ -482,7 +552,7 @@ class User(db.Model):
                     {"email": email, "api_key_hash": cls.hash(api_key), "created_at": now()},
                 )
                 connection.execute(
-                    sa.insert(Account),
+                    sa.insert(Balance),
                     {
                         "user_id": user_id,
                         "cash_balance": cash,
@@ -509,9 +579,9 @@ class User(db.Model):
     @classmethod
     def all(cls) -> Sequence[sa.Row]:
         """Every user with the cash in the account, in the order of their ids."""
-        columns = (cls.id, cls.email, cls.created_at, cls.closed_at, Account.cash_balance)
+        columns = (cls.id, cls.email, cls.created_at, cls.closed_at, Balance.cash_balance)
         with connected() as connection:
-            return connection.execute(sa.select(*columns).join(Account).order_by(cls.id)).all()
+            return connection.execute(sa.select(*columns).join(Balance).order_by(cls.id)).all()
 
     @classmethod
     def rotate_key(cls, user_id: int) -> str:
@@ -543,6 +613,26 @@ class User(db.Model):
         }
 
 
+class Balance(db.Model):
+    """A user's cash. An `Account` is one in memory, and has the rules by which it changes.
+
+    `run` counts how often the account has started over; `starting_cash` is what this run began with.
+    `market_clock` and `pin_changes` are its controls of the sample market, see `Controls`.
+    """
+
+    __tablename__ = "ibkr_balances"
+
+    user_id: Mapped[UserId] = mapped_column(primary_key=True)
+    cash_balance: Mapped[Amount]
+    starting_cash: Mapped[Amount]
+    run: Mapped[int]
+    updated_at: Mapped[Time]
+    market_clock: Mapped[Time | None]
+    pin_changes: Mapped[int] = mapped_column(server_default="0")
+
+    __table_args__ = (within("cash_balance", 0, ACCOUNT_LIMIT), within("starting_cash", 0, ACCOUNT_LIMIT))
+
+
 class Holding(db.Model):
     """So much of one ticker in one account, and what it cost. A holding of zero has no row."""
 
@@ -556,28 +646,8 @@ class Holding(db.Model):
 
     __table_args__ = (within("quantity", UNIT, ACCOUNT_LIMIT), within("cost_basis", 0, ACCOUNT_LIMIT))
 
-    def add(self, quantity: Decimal, cost: Decimal) -> None:
-        """Put `quantity` in, which cost `cost` dollars, commission included."""
-        if max(self.quantity + quantity, self.cost_basis + cost) >= ACCOUNT_LIMIT:
-            raise Refused(
-                "limit_exceeded",
-                f"A holding stays below {ACCOUNT_LIMIT} shares and dollars of cost.",
-                limit=ACCOUNT_LIMIT,
-            )
-        self.quantity += quantity
-        self.cost_basis += cost
-
-    def remove(self, quantity: Decimal) -> Decimal:
-        """Take `quantity` out and answer its share of the cost; the last share takes all that is left."""
-        cost = self.cost_basis
-        if quantity < self.quantity:
-            cost = rounded(cost * quantity / self.quantity)
-        self.quantity -= quantity
-        self.cost_basis -= cost
-        return cost
-
     def to_dict(self, quote: "Quote | None") -> dict:
-        """The holding valued at `quote`, in dollars; `None` where that needs a price and there is none."""
+        """A row valued at `quote`, in dollars; `None` where that needs a price and there is none."""
         value = quote and value_of(self.quantity, quote.price)
         profit = quote and value - self.cost_basis
         return {
@@ -594,7 +664,7 @@ class Holding(db.Model):
 
 
 class Trade(db.Model):
-    """One purchase or sale, booked for ever: rows are added, never changed.
+    """One purchase or sale, booked for ever: rows are added, never changed. A `Fill` is one in memory.
 
     `price` is what the trade was booked at, `market_price` what the market asked at that moment; both
     in dollars. `realized_pnl` is the profit of a sale: total - commission - the cost of what was sold.
@@ -637,7 +707,7 @@ class Trade(db.Model):
     )
 
     def is_for(self, order: Order) -> bool:
-        """Whether this trade came of `order`: the same in meaning, whatever its bytes were."""
+        """Whether a trade came of `order`: the same in meaning, whatever its bytes were."""
         limit = self.price if self.order_type == "limit" else None
         return (order.ticker, order.action, order.quantity, order.price) == (
             self.ticker,
@@ -647,11 +717,11 @@ class Trade(db.Model):
         )
 
     @classmethod
-    def with_key(cls, user_id: int, key: str) -> "Trade | None":
+    def with_key(cls, user_id: int, key: str) -> tuple | None:
         """The trade that the user booked under the idempotency key `key`, in any run."""
         with connected() as connection:
-            row = connection.execute(TRADE_WITH_KEY, {"user_id": user_id, "key": key}).first()
-        return row and cls(**row._mapping)
+            found = send(connection, TRADE_WITH_KEY, user_id=user_id, key=key)
+        return found[0] if found else None
 
     @classmethod
     def of(cls, user_id: int, trade_id: int) -> sa.Row | None:
@@ -668,7 +738,7 @@ class Trade(db.Model):
         than the first.
         """
         if run is None:
-            run = sa.select(Account.run).where(Account.user_id == user_id).scalar_subquery()
+            run = sa.select(Balance.run).where(Balance.user_id == user_id).scalar_subquery()
         statement = sa.select(cls.__table__).where(cls.user_id == user_id, cls.run == run)
         if cursor:
             statement = statement.where(cls.id < cursor)
@@ -705,7 +775,7 @@ class Trade(db.Model):
         return [plain(v) if isinstance(v, Decimal) else v for v in map(trade.get, Trade.CSV_COLUMNS)]
 
     def to_dict(self) -> dict:
-        """What a bot sees of the trade. Works on a row of the table as well as on a Trade."""
+        """What a bot sees of the trade, which is a row of the table or a `Fill`."""
         return {
             "id": self.id and str(self.id),
             "user_id": self.user_id,
@@ -770,7 +840,7 @@ class Pin(db.Model):
     def of(cls, user_id: int) -> Sequence[sa.Row]:
         """Every pin that the user has set or let go, the oldest first."""
         with connected() as connection:
-            return connection.execute(SELECT_PINS, {"user_id": user_id}).all()
+            return send(connection, SELECT_PINS, user_id=user_id)
 
 
 @dataclass(frozen=True)
@@ -862,8 +932,8 @@ class PublishedQuote(db.Model):
     def latest(cls, ticker: str) -> Quote | None:
         """The latest quote of `ticker` that any process has published, whether it still holds or not."""
         with connected() as connection:
-            row = connection.execute(LATEST_QUOTE, {"ticker": ticker}).first()
-        return row and Quote(**row._mapping)
+            found = send(connection, LATEST_QUOTE, ticker=ticker)
+        return Quote(**found[0]._asdict()) if found else None
 
     @classmethod
     def past(cls, tickers) -> Sequence[sa.Row]:
@@ -911,34 +981,81 @@ class Market(db.Model):
                 ) from None
 
 
-class Account(db.Model):
-    """A user's cash, and the rules by which it changes.
+# ------------------------------------------------------------------------------------- The account
+# Plain objects: the rules touch no database, and change nothing when they refuse.
 
-    `run` counts how often the account has started over; `starting_cash` is what this run began with.
-    `market_clock` and `pin_changes` are its controls of the sample market, see `Controls`.
-    """
 
-    __tablename__ = "ibkr_balances"
+@dataclass
+class Position:
+    """So much of one ticker, in shares or coins, and what it cost, in dollars."""
 
-    user_id: Mapped[UserId] = mapped_column(primary_key=True)
-    cash_balance: Mapped[Amount]
-    starting_cash: Mapped[Amount]
-    run: Mapped[int]
-    updated_at: Mapped[Time]
-    market_clock: Mapped[Time | None]
-    pin_changes: Mapped[int] = mapped_column(server_default="0")
+    quantity: Decimal = Decimal(0)
+    cost_basis: Decimal = Decimal(0)
 
-    __table_args__ = (within("cash_balance", 0, ACCOUNT_LIMIT), within("starting_cash", 0, ACCOUNT_LIMIT))
+    def add(self, quantity: Decimal, cost: Decimal) -> None:
+        """Put `quantity` in, which cost `cost` dollars, commission included."""
+        if max(self.quantity + quantity, self.cost_basis + cost) >= ACCOUNT_LIMIT:
+            raise Refused(
+                "limit_exceeded",
+                f"A holding stays below {ACCOUNT_LIMIT} shares and dollars of cost.",
+                limit=ACCOUNT_LIMIT,
+            )
+        self.quantity += quantity
+        self.cost_basis += cost
 
-    # The rules. They touch no database, and change nothing when they refuse.
+    def remove(self, quantity: Decimal) -> Decimal:
+        """Take `quantity` out and answer its share of the cost; the last share takes all that is left."""
+        cost = self.cost_basis
+        if quantity < self.quantity:
+            cost = rounded(cost * quantity / self.quantity)
+        self.quantity -= quantity
+        self.cost_basis -= cost
+        return cost
 
-    def fill(self, order: Order, quote: Quote, holding: Holding, costs: Costs = Costs()) -> Trade:
-        """Decide `order` at the market's `quote`: change this account and `holding`, answer the trade.
+
+@dataclass
+class Fill:
+    """What became of an order: a trade with all that `Trade` has columns for."""
+
+    user_id: int
+    run: int
+    ticker: str
+    trade_type: str
+    order_type: str
+    quantity: Decimal
+    price: Decimal
+    total_amount: Decimal
+    commission: Decimal
+    market_price: Decimal
+    price_source: str
+    market_time: datetime
+    created_at: datetime
+    realized_pnl: Decimal | None = None
+    cash_after: Decimal | None = None
+    idempotency_key: str | None = None
+    id: int | None = None
+
+
+@dataclass
+class Account:
+    """A user's cash, and the rules by which it changes."""
+
+    user_id: int
+    run: int
+    cash_balance: Decimal
+    starting_cash: Decimal
+    market_clock: datetime | None = None
+    pin_changes: int = 0
+    connection: sa.Connection | None = None
+
+    def fill(self, order: Order, quote: Quote, position: Position, costs: Costs = Costs()) -> Fill:
+        """Decide `order` at the market's `quote`: change this account and `position`, answer the trade.
 
         A limit order is booked at the price it names, a market order at the market's, slipped. Raises
         `Refused`, or `QuoteExpired` when the market has moved on since the quote was taken.
         """
-        if quote.valid_until and quote.valid_until <= now():
+        moment = now()
+        if quote.valid_until and quote.valid_until <= moment:
             raise QuoteExpired
         if quote.controls and (quote.controls.clock, quote.controls.changes) != (
             self.market_clock,
@@ -952,41 +1069,43 @@ class Account(db.Model):
                 "only tickers quoted in USD trade.",
                 currency=quote.currency,
             )
-        trade = Trade(
+        price = order.price or costs.slipped(order.action, quote.price)
+        if price >= ORDER_LIMIT:
+            raise Refused("limit_exceeded", f"A price stays below {ORDER_LIMIT}.", limit=ORDER_LIMIT)
+        rounding = ROUND_CEILING if order.action == "buy" else ROUND_FLOOR
+        total = value_of(order.quantity, price, rounding)
+        fill = Fill(
             user_id=self.user_id,
             run=self.run,
             ticker=order.ticker,
             trade_type=order.action,
             order_type="limit" if order.price else "market",
             quantity=order.quantity,
-            price=order.price or costs.slipped(order.action, quote.price),
+            price=price,
+            total_amount=total,
+            commission=costs.commission(total),
             market_price=quote.price,
             price_source=quote.source,
-            created_at=now(),
+            market_time=quote.market_time or moment,
+            created_at=moment,
         )
-        trade.market_time = quote.market_time or trade.created_at
-        rounding = ROUND_CEILING if order.action == "buy" else ROUND_FLOOR
-        trade.total_amount = value_of(trade.quantity, trade.price, rounding)
-        trade.commission = costs.commission(trade.total_amount)
-        if trade.price >= ORDER_LIMIT:
-            raise Refused("limit_exceeded", f"A price stays below {ORDER_LIMIT}.", limit=ORDER_LIMIT)
         if order.action == "buy":
-            self.buy(trade, holding)
+            self.buy(fill, position)
         else:
-            self.sell(trade, holding)
-        trade.cash_after = self.cash_balance
-        return trade
+            self.sell(fill, position)
+        fill.cash_after = self.cash_balance
+        return fill
 
-    def buy(self, trade: Trade, holding: Holding) -> None:
-        """Pay for `trade` and put the shares into `holding`."""
-        if trade.price < trade.market_price:
+    def buy(self, fill: Fill, position: Position) -> None:
+        """Pay for `fill` and put the shares into `position`."""
+        if fill.price < fill.market_price:
             raise Refused(
                 "price_below_market",
-                f"You offer {plain(trade.price)} and {trade.ticker} costs {plain(trade.market_price)}.",
-                price=trade.price,
-                market_price=trade.market_price,
+                f"You offer {plain(fill.price)} and {fill.ticker} costs {plain(fill.market_price)}.",
+                price=fill.price,
+                market_price=fill.market_price,
             )
-        cost = trade.total_amount + trade.commission
+        cost = fill.total_amount + fill.commission
         if cost > self.cash_balance:
             raise Refused(
                 "insufficient_funds",
@@ -994,42 +1113,42 @@ class Account(db.Model):
                 required=cost,
                 available=self.cash_balance,
             )
-        holding.add(trade.quantity, cost)
+        position.add(fill.quantity, cost)
         self.cash_balance -= cost
 
-    def sell(self, trade: Trade, holding: Holding) -> None:
-        """Take the shares out of `holding` and put what `trade` brings into cash."""
-        if trade.price > trade.market_price:
+    def sell(self, fill: Fill, position: Position) -> None:
+        """Take the shares out of `position` and put what `fill` brings into cash."""
+        if fill.price > fill.market_price:
             raise Refused(
                 "price_above_market",
-                f"You ask {plain(trade.price)} and {trade.ticker} brings {plain(trade.market_price)}.",
-                price=trade.price,
-                market_price=trade.market_price,
+                f"You ask {plain(fill.price)} and {fill.ticker} brings {plain(fill.market_price)}.",
+                price=fill.price,
+                market_price=fill.market_price,
             )
-        if trade.quantity > holding.quantity:
+        if fill.quantity > position.quantity:
             raise Refused(
                 "insufficient_shares",
-                f"This sells {plain(trade.quantity)} {trade.ticker} and you have {plain(holding.quantity)}.",
-                required=trade.quantity,
-                available=holding.quantity,
+                f"This sells {plain(fill.quantity)} {fill.ticker} and you have {plain(position.quantity)}.",
+                required=fill.quantity,
+                available=position.quantity,
             )
-        proceeds = trade.total_amount - trade.commission
+        proceeds = fill.total_amount - fill.commission
         if self.cash_balance + proceeds < 0:
             raise Refused(
                 "insufficient_funds",
-                f"The commission of {plain(trade.commission)} is more than the {plain(trade.total_amount)} "
+                f"The commission of {plain(fill.commission)} is more than the {plain(fill.total_amount)} "
                 f"that this brings and the {plain(self.cash_balance)} that you have.",
-                required=trade.commission,
-                available=self.cash_balance + trade.total_amount,
+                required=fill.commission,
+                available=self.cash_balance + fill.total_amount,
             )
-        if max(trade.total_amount, self.cash_balance + proceeds) >= ACCOUNT_LIMIT:
+        if max(fill.total_amount, self.cash_balance + proceeds) >= ACCOUNT_LIMIT:
             raise Refused(
                 "limit_exceeded",
                 f"This brings {plain(proceeds)}, you have {plain(self.cash_balance)}, "
                 f"and cash stays below {ACCOUNT_LIMIT}.",
                 limit=ACCOUNT_LIMIT,
             )
-        trade.realized_pnl = proceeds - holding.remove(trade.quantity)
+        fill.realized_pnl = proceeds - position.remove(fill.quantity)
         self.cash_balance += proceeds
 
     # The database.
@@ -1039,7 +1158,7 @@ class Account(db.Model):
     def locked(cls, user_id: int, ticker: str | None = None, key: str | None = None):
         """The transaction: everything that changes an account happens in `with Account.locked(...)`.
 
-        Yields the account, its holding of `ticker`, and the trade that it booked under the idempotency
+        Yields the account, its position in `ticker`, and the trade that it booked under the idempotency
         key `key`, or None. The account's row is locked first and all is read after that, so whoever
         comes second waits and then sees what the first one did; a join in the locking statement would
         still see the holding as it was before the wait. Leaving the block commits; an exception on the
@@ -1047,29 +1166,19 @@ class Account(db.Model):
         """
         own = {"user_id": user_id, "ticker": ticker, "key": key}
         with turn(user_id), transaction(LOCK_ACCOUNT, LOCKED_ACCOUNT, **own) as (connection, rows):
-            row = rows.one()._mapping
-            account = cls(**{name: row[name] for name in ACCOUNT_COLUMNS})
-            account.connection = connection
-            quantity, cost_basis = row["held"] or Decimal(0), row["cost_basis"] or Decimal(0)
-            holding = Holding(user_id=user_id, ticker=ticker, quantity=quantity, cost_basis=cost_basis)
-            earlier = row["trade_id"] and Trade(**{name: row[f"trade_{name}"] for name in TRADE_COLUMNS})
-            yield account, holding, earlier
-
-    @classmethod
-    def of(cls, user_id: int) -> sa.Row:
-        """The account as it is now, unlocked."""
-        with connected() as connection:
-            return connection.execute(SELECT_ACCOUNT, {"user_id": user_id}).one()
+            row = rows[0]
+            cash = row.cash_balance, row.starting_cash
+            account = cls(user_id, row.run, *cash, row.market_clock, row.pin_changes, connection)
+            position = Position(row.quantity, row.cost_basis) if row.quantity else Position()
+            yield account, position, row.earlier and send(connection, TRADE_WITH_KEY, **own)[0]
 
     @classmethod
     def with_holdings(cls, user_id: int) -> tuple["Account", list[sa.Row]]:
         """The account and its holdings by ticker, of one moment, unlocked: one statement reads both."""
         with connected() as connection:
-            rows = connection.execute(ACCOUNT_WITH_HOLDINGS, {"user_id": user_id}).all()
+            rows = send(connection, ACCOUNT_WITH_HOLDINGS, user_id=user_id)
         first = rows[0]
-        account = cls(
-            user_id=user_id, cash_balance=first.cash_balance, starting_cash=first.starting_cash, run=first.run
-        )
+        account = cls(user_id, first.run, first.cash_balance, first.starting_cash)
         return account, [row for row in rows if row.ticker]
 
     def portfolio(self, holdings: Sequence, quotes: dict[str, Quote]) -> dict:
@@ -1096,26 +1205,26 @@ class Account(db.Model):
             "total_pnl": None if value is None else value - cost + realized,
         }
 
-    def record(self, trade: Trade, holding: Holding, key: str) -> None:
+    def record(self, fill: Fill, position: Position, key: str) -> None:
         """Write the cash, the holding and the trade, commit them, and give the trade its id."""
-        trade.idempotency_key = key
-        if not holding.quantity:
+        fill.idempotency_key = key
+        if not position.quantity:
             write_holding = DELETE_HOLDING
-        elif trade.trade_type == "buy" and holding.quantity == trade.quantity:
+        elif fill.trade_type == "buy" and position.quantity == fill.quantity:
             write_holding = INSERT_HOLDING
         else:
             write_holding = UPDATE_HOLDING
-        trade.id = commit(
+        fill.id = commit(
             self.connection,
-            *(UPDATE_CASH, write_holding, INSERT_TRADE, COMMIT, TRADE_ID),
-            **{name: getattr(trade, name) for name in TRADE_COLUMNS if name != "id"},
+            *(UPDATE_CASH, write_holding, INSERT_TRADE, "COMMIT", TRADE_ID),
+            **vars(fill),
             owner=self.user_id,
+            of=fill.ticker,
+            now=fill.created_at,
             cash=self.cash_balance,
-            of=trade.ticker,
-            held=holding.quantity,
-            cost_basis=holding.cost_basis,
-            now=trade.created_at,
-        ).scalar()
+            held=position.quantity,
+            cost_basis=position.cost_basis,
+        )[0].id
 
     def start_over(self, cash: Decimal, market_time: datetime) -> None:
         """End this run and begin the next with `cash` dollars and no holdings. The trades stay."""
@@ -1144,8 +1253,8 @@ class Account(db.Model):
         """Write `values` to the account's row."""
         for name, value in values.items():
             setattr(self, name, value)
-        own = Account.user_id == self.user_id
-        self.connection.execute(sa.update(Account).where(own).values(**values, updated_at=now()))
+        own = Balance.user_id == self.user_id
+        self.connection.execute(sa.update(Balance).where(own).values(**values, updated_at=now()))
 
 
 class QuoteExpired(Exception):
@@ -1168,14 +1277,15 @@ class Books:
     def of(cls, user_id: int) -> "Books":
         with transaction(begin=SNAPSHOT) as (connection, _):
             own = {"user_id": user_id}
-            account = connection.execute(sa.select(Account.__table__).filter_by(**own)).one()
+            row = connection.execute(sa.select(Balance.__table__).filter_by(**own)).one()
             holdings = connection.execute(sa.select(Holding.__table__).filter_by(**own)).all()
             runs = connection.execute(sa.select(Run.__table__).filter_by(**own).order_by(Run.run))
             trades = defaultdict(list)
             for trade in connection.execute(sa.select(Trade.__table__).filter_by(**own).order_by(Trade.id)):
                 trades[trade.run].append(trade)
             ended = {run.run: run for run in runs}
-        return cls(Account(**account._mapping), holdings, ended | {account.run: account}, trades)
+        account = Account(user_id, row.run, row.cash_balance, row.starting_cash)
+        return cls(account, holdings, ended | {account.run: account}, trades)
 
     def audit(self) -> dict:
         """Replay the trades from the start and compare: every balance, holding and cost.
@@ -1194,25 +1304,24 @@ class Books:
                 differences.append(f"{what} is {booked}, and the trades make it {replayed}.")
 
         for number, run in self.runs.items():
-            account, held = Account(cash_balance=run.starting_cash), {}
+            account = Account(self.account.user_id, number, run.starting_cash, run.starting_cash)
+            held = defaultdict(Position)
             for row in self.trades.get(number, []):
-                trade = Trade(**row._mapping)
-                holding = held.setdefault(trade.ticker, Holding(quantity=Decimal(0), cost_basis=Decimal(0)))
-                is_buy = trade.trade_type == "buy"
-                total = value_of(trade.quantity, trade.price, ROUND_CEILING if is_buy else ROUND_FLOOR)
+                fill = Fill(**row._mapping)
+                is_buy = fill.trade_type == "buy"
+                total = value_of(fill.quantity, fill.price, ROUND_CEILING if is_buy else ROUND_FLOOR)
                 compare(f"Trade {row.id}: total_amount", row.total_amount, total)
                 try:
-                    (account.buy if is_buy else account.sell)(trade, holding)
+                    (account.buy if is_buy else account.sell)(fill, held[fill.ticker])
                 except Refused as refused:
                     differences.append(f"Trade {row.id} should have been refused: {refused}")
-                compare(f"Trade {row.id}: realized_pnl", row.realized_pnl, trade.realized_pnl)
+                compare(f"Trade {row.id}: realized_pnl", row.realized_pnl, fill.realized_pnl)
                 compare(f"Trade {row.id}: cash_after", row.cash_after, account.cash_balance)
             compare(f"Run {number}: cash_balance", run.cash_balance, account.cash_balance)
-        zero = Holding(quantity=Decimal(0), cost_basis=Decimal(0))
         booked = {holding.ticker: holding for holding in self.holdings}
         for ticker in sorted(booked.keys() | held.keys()):
             for name in ("quantity", "cost_basis"):
-                pair = (getattr(side.get(ticker, zero), name) for side in (booked, held))
+                pair = (getattr(side.get(ticker, Position()), name) for side in (booked, held))
                 compare(f"{ticker}: {name}", *pair)
         count = sum(map(len, self.trades.values()))
         return {"ok": not differences, "trades": count, "differences": differences}
@@ -1283,8 +1392,8 @@ class Books:
 # words, and go over a connection, not a session: there is no second copy of a row that could be stale.
 
 USER_WITH_KEY = (
-    sa.select(User.id, Account.market_clock, Account.pin_changes)
-    .join(Account, Account.user_id == User.id)
+    sa.select(Balance.user_id, Balance.cash_balance, Balance.run, Balance.market_clock, Balance.pin_changes)
+    .join(User, User.id == Balance.user_id)
     .where(User.api_key_hash == bindparam("hash"), User.closed_at.is_(None))
 )
 SELECT_PINS = (
@@ -1292,40 +1401,42 @@ SELECT_PINS = (
     .where(Pin.user_id == bindparam("user_id"))
     .order_by(Pin.id)
 )
-ACCOUNT_COLUMNS = Account.__table__.columns.keys()
 TRADE_COLUMNS = Trade.__table__.columns.keys()
-SELECT_ACCOUNT = sa.select(Account.__table__).where(Account.user_id == bindparam("user_id"))
-LOCK_ACCOUNT = sa.select(Account.user_id).where(Account.user_id == bindparam("user_id")).with_for_update()
+LOCK_ACCOUNT = sa.select(Balance.user_id).where(Balance.user_id == bindparam("user_id")).with_for_update()
 LOCKED_ACCOUNT = (
     sa.select(
-        Account.__table__,
-        Holding.quantity.label("held"),
+        Balance.cash_balance,
+        Balance.starting_cash,
+        Balance.run,
+        Balance.market_clock,
+        Balance.pin_changes,
+        Holding.quantity,
         Holding.cost_basis,
-        *(column.label(f"trade_{column.name}") for column in Trade.__table__.columns),
+        Trade.id.label("earlier"),
     )
-    .outerjoin(Holding, (Holding.user_id == Account.user_id) & (Holding.ticker == bindparam("ticker")))
-    .outerjoin(Trade, (Trade.user_id == Account.user_id) & (Trade.idempotency_key == bindparam("key")))
-    .where(Account.user_id == bindparam("user_id"))
+    .outerjoin(Holding, (Holding.user_id == Balance.user_id) & (Holding.ticker == bindparam("ticker")))
+    .outerjoin(Trade, (Trade.user_id == Balance.user_id) & (Trade.idempotency_key == bindparam("key")))
+    .where(Balance.user_id == bindparam("user_id"))
 )
 ACCOUNT_WITH_HOLDINGS = (
     sa.select(
-        Account.cash_balance,
-        Account.starting_cash,
-        Account.run,
+        Balance.cash_balance,
+        Balance.starting_cash,
+        Balance.run,
         Holding.ticker,
         Holding.quantity,
         Holding.cost_basis,
     )
-    .outerjoin(Holding, Holding.user_id == Account.user_id)
-    .where(Account.user_id == bindparam("user_id"))
+    .outerjoin(Holding, Holding.user_id == Balance.user_id)
+    .where(Balance.user_id == bindparam("user_id"))
     .order_by(Holding.ticker)
 )
 TRADE_WITH_KEY = sa.select(Trade.__table__).where(
     Trade.user_id == bindparam("user_id"), Trade.idempotency_key == bindparam("key")
 )
 UPDATE_CASH = (
-    sa.update(Account)
-    .where(Account.user_id == bindparam("owner"))
+    sa.update(Balance)
+    .where(Balance.user_id == bindparam("owner"))
     .values(cash_balance=bindparam("cash"), updated_at=bindparam("now"))
 )
 INSERT_HOLDING = sa.insert(Holding).values(
@@ -1343,11 +1454,11 @@ UPDATE_HOLDING = (
 DELETE_HOLDING = sa.delete(Holding).where(
     Holding.user_id == bindparam("owner"), Holding.ticker == bindparam("of")
 )
-LATEST_QUOTE = (
-    sa.select(PublishedQuote.__table__)
-    .where(PublishedQuote.ticker == bindparam("ticker"))
-    .order_by(PublishedQuote.number.desc())
-    .limit(1)
+LATEST_NUMBER = sa.select(sa.func.max(PublishedQuote.number)).where(
+    PublishedQuote.ticker == bindparam("ticker")
+)
+LATEST_QUOTE = sa.select(PublishedQuote.__table__).where(
+    PublishedQuote.ticker == bindparam("ticker"), PublishedQuote.number == LATEST_NUMBER.scalar_subquery()
 )
 INSERT_TRADE = sa.insert(Trade).values({n: bindparam(n) for n in TRADE_COLUMNS if n != "id"})
 TRADE_ID = sa.select(Trade.id).where(

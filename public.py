@@ -5,7 +5,9 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from contextvars import ContextVar
+from json.encoder import encode_basestring_ascii as quoted
 from secrets import token_hex
 
 from flask import request
@@ -45,6 +47,7 @@ CAREFUL = [
     ("X-Frame-Options", "DENY"),
 ]
 NO_SOURCES = ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+NOT_TO_KEEP = ("Cache-Control", "no-store")
 STAY_WITH_HTTPS = ("Strict-Transport-Security", "max-age=31536000")
 EXPOSED = (
     "Access-Control-Expose-Headers",
@@ -67,24 +70,51 @@ def checked_origins(text: str) -> set[str]:
     return origins
 
 
-class Gate:
-    """Stands in front of `app`: gives each request its id, and each answer the headers that all carry.
+class RequestsSeen:
+    """How many requests this process has answered, and how long the last thousand took."""
 
-    It speaks WSGI, where all this takes ten microseconds a request; within Flask it took forty.
+    def __init__(self):
+        self.count = self.errors = 0
+        self.last = deque(maxlen=1000)
+
+    def add(self, milliseconds: float, status: str) -> None:
+        self.count += 1
+        self.errors += status >= "500"
+        self.last.append(milliseconds)
+
+    def health(self) -> dict:
+        last = sorted(self.last.copy()) or [0.0]
+        percentiles = {
+            f"p{p}": round(last[min(len(last) * p // 100, len(last) - 1)], 2) for p in (50, 95, 99)
+        }
+        return {"count": self.count, "errors": self.errors, "latency_ms": percentiles}
+
+
+class Gate:
+    """Stands in front of `app`: gives each request its id and its line in the log, each answer its headers.
+
+    It speaks WSGI, where all this takes a quarter of what it took within Flask.
     """
 
     def __init__(self, app, origins: set[str]):
         self.app, self.origins = app, origins
+        self.seen = RequestsSeen()
 
     def __call__(self, environ: dict, start_response):
-        sent = environ.get("HTTP_X_REQUEST_ID", "")
-        is_safe_to_log = re.fullmatch("[A-Za-z0-9._:/+=@-]{1,128}", sent)
-        request_id.set(sent if is_safe_to_log else token_hex(16))
+        started, answered = time.perf_counter(), "500"
+        sent = environ.get("HTTP_X_REQUEST_ID")
+        is_safe_to_log = sent and re.fullmatch("[A-Za-z0-9._:/+=@-]{1,128}", sent)
+        own_id = sent if is_safe_to_log else token_hex(16)
+        request_id.set(own_id)
         rate_headers.set([])
-        origin = self.welcome_origin(environ)
+        origin = self.origins and self.welcome_origin(environ)
 
         def start(status: str, headers: list, *failure):
-            headers = [*headers, *CAREFUL, *rate_headers.get(), ("X-Request-Id", request_id.get())]
+            nonlocal answered
+            answered = status[:3]
+            headers = [*headers, *CAREFUL, *rate_headers.get(), ("X-Request-Id", own_id)]
+            if environ["PATH_INFO"].startswith("/api/"):
+                headers.append(NOT_TO_KEEP)
             if all(name != "Content-Security-Policy" for name, _ in headers):  # A page brings its own.
                 headers.append(NO_SOURCES)
             if "https" in (environ["wsgi.url_scheme"], environ.get("HTTP_X_FORWARDED_PROTO")):
@@ -101,7 +131,13 @@ class Gate:
         if origin and is_preflight:
             start("204 No Content", ALLOWED)  # A browser asks first, without a key, whether its page may ask.
             return []
-        return self.app(environ, start)
+        try:
+            return self.app(environ, start)
+        finally:
+            milliseconds = (time.perf_counter() - started) * 1000
+            self.seen.add(milliseconds, answered)
+            asked = f"{environ['REQUEST_METHOD']} {environ.get('RAW_URI')} {environ['SERVER_PROTOCOL']}"
+            log.info("%s %s %s %.1f ms", environ.get("REMOTE_ADDR"), quoted(asked), answered, milliseconds)
 
     def welcome_origin(self, environ: dict) -> str | None:
         """The origin whose page may read the answer; `*` can be all of them, as the key is no cookie."""
@@ -151,8 +187,13 @@ class Counter:
         most, seconds = limit.amount, limit.get_expiry()
         window, past = divmod(int(time.time()), seconds)
         used, rest = self.add(f"{who} in {window}", seconds), seconds - past
-        numbers = {"Limit": most, "Remaining": max(most - used, 0), "Reset": rest}
-        rate_headers.set([(f"RateLimit-{name}", str(number)) for name, number in numbers.items()])
+        rate_headers.set(
+            [
+                ("RateLimit-Limit", str(most)),
+                ("RateLimit-Remaining", str(max(most - used, 0))),
+                ("RateLimit-Reset", str(rest)),
+            ]
+        )
         if used > most:
             raise Refused(
                 "rate_limited",

@@ -749,6 +749,11 @@ def by_hand(program, stand_in) -> Server:
     return Server("", command=command, **settings)
 
 
+def told(server) -> list[str]:
+    """What it has said of itself: all but the lines of the requests."""
+    return [line for line in server.log().splitlines() if not line.startswith("127.0.0.1 ")]
+
+
 def ask_by_hand(server, ticker) -> dict:
     headers = {"Authorization": "Bearer test-api-key-123"}
     return exact(requests.get(f"{server.url}/api/v1/price/{ticker}", headers=headers, timeout=20))
@@ -759,9 +764,7 @@ def test_python_app_py_serves_live_prices_where_yahoo_can_be_reached(program, ma
     with by_hand(program, market) as server:
         quote = ask_by_hand(server, "aapl")
         assert (quote["price"], quote["source"]) == (Decimal("189.84"), "yahoo_finance")
-        assert [line.partition(" on ")[0] for line in server.log().splitlines()] == [
-            "Serving yahoo, alphavantage prices"
-        ]
+        assert [line.partition(" on ")[0] for line in told(server)] == ["Serving yahoo, alphavantage prices"]
     assert (program / "instance" / "simulator.db").exists()
 
 
@@ -771,7 +774,7 @@ def test_python_app_py_serves_the_sample_where_yahoo_does_not_answer(program, ma
     with by_hand(program, market) as server:
         assert time.monotonic() - started < 15
         assert ask_by_hand(server, "AAPL")["source"] == "sample"
-        first, second = server.log().splitlines()
+        first, second = told(server)
         assert first == "Yahoo Finance cannot be reached: serving the recorded sample market instead."
         assert second.startswith("Serving sample prices on ")
     assert (program / "instance" / "sample.db").exists()

@@ -17,8 +17,8 @@ from models import (
     UNIT,
     Account,
     Costs,
-    Holding,
     Order,
+    Position,
     Quote,
     QuoteExpired,
     Refused,
@@ -32,7 +32,7 @@ def account(cash="1000"):
 
 
 def holding(quantity="0", cost="0"):
-    return Holding(quantity=Decimal(quantity), cost_basis=Decimal(cost))
+    return Position(quantity=Decimal(quantity), cost_basis=Decimal(cost))
 
 
 def order(action, quantity, price=None):
