@@ -50,6 +50,7 @@ import openapi
 import public
 from models import (
     ACCOUNT_LIMIT,
+    ANSWER_SECONDS,
     ORDER_LIMIT,
     Account,
     Action,
@@ -70,6 +71,7 @@ from models import (
     Ticker,
     Trade,
     User,
+    Watched,
     checked_cash,
     checked_ticker,
     db,
@@ -271,7 +273,11 @@ app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
     "pool_reset_on_return": None,  # `transaction` in models.py gives none back that is not over.
     "connect_args": {"timeout": 15}
     if DATABASE_URL.startswith("sqlite")
-    else {"tcp_user_timeout": 2000},  # Milliseconds until a machine that is gone without a word is given up.
+    else {
+        "tcp_user_timeout": 2000,  # Milliseconds until a machine that is gone without a word is given up.
+        "connect_timeout": ANSWER_SECONDS,
+        "cursor_factory": Watched,
+    },
 }
 db.init_app(app)
 Migrate(app, db)

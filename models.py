@@ -10,25 +10,26 @@ The books obey one equation for each run of each account, to the last digit, alw
 """
 
 import hashlib
+import os
 import re
 import secrets
-import select
+import socket
 import sqlite3
+import time
 from collections import defaultdict, namedtuple
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal, DefaultContext, setcontext
 from functools import cache, lru_cache
-from threading import Lock
+from threading import Lock, Thread
 from typing import Annotated, Literal
 from weakref import WeakValueDictionary
 
-import psycopg2
+import psycopg2.extensions
 import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
-from psycopg2.extensions import POLL_OK, POLL_READ, TRANSACTION_STATUS_IDLE, set_wait_callback
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, bindparam
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -187,9 +188,11 @@ def within(name: str, low: Decimal | int, high: Decimal) -> CheckConstraint:
 
 
 @sa.event.listens_for(sa.Engine, "connect")
-def prepare_sqlite(dbapi_connection, _):
-    """WAL lets readers read while one writes; FULL has a trade on disk before it is acknowledged."""
-    if isinstance(dbapi_connection, sqlite3.Connection):
+def prepare_connection(dbapi_connection, _):
+    """SQLite: WAL lets readers read while one writes; FULL has a trade on disk before it is acknowledged."""
+    if not isinstance(dbapi_connection, sqlite3.Connection):
+        start_watching(os.getpid())
+    else:
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             dbapi_connection.execute(f"PRAGMA {pragma}")
 
@@ -198,20 +201,37 @@ ANSWER_SECONDS = 6
 """How long PostgreSQL may be silent: longer than its own time limits, below."""
 
 
-def wait_for_postgres(connection) -> None:
-    """Wait until PostgreSQL has answered, but not for ever.
+class Watched(psycopg2.extensions.cursor):
+    """A cursor that does not wait for PostgreSQL for ever.
 
-    A server that hangs keeps its connections open, and libpq has no limit for an answer. Psycopg calls
-    this whenever it waits, and closes the connection when an exception leaves it.
+    A server that hangs keeps its connections open, and libpq has no limit for an answer. So one thread looks
+    after all cursors that wait, and closes the connection of those that have waited too long. Psycopg's wait
+    callback would need no thread, but takes Python's lock five times for each answer, where others want it.
     """
-    while (state := connection.poll()) != POLL_OK:
-        socket = select.poll()
-        socket.register(connection, select.POLLIN if state == POLL_READ else select.POLLOUT)
-        if not socket.poll(ANSWER_SECONDS * 1000):
-            raise psycopg2.OperationalError(f"PostgreSQL was silent for {ANSWER_SECONDS} seconds.")
+
+    waiting: dict["Watched", float] = {}
+
+    def execute(self, *statement):
+        self.waiting[self] = time.monotonic() + ANSWER_SECONDS
+        try:
+            return super().execute(*statement)
+        finally:
+            del self.waiting[self]
 
 
-set_wait_callback(wait_for_postgres)
+@cache
+def start_watching(process: int) -> None:
+    """Once a process: a thread does not survive a fork."""
+
+    def watch():
+        while True:
+            time.sleep(0.5)
+            for cursor, deadline in list(Watched.waiting.items()):
+                if deadline < time.monotonic():
+                    with suppress(psycopg2.Error, OSError):  # It has its answer after all.
+                        socket.socket(fileno=os.dup(cursor.connection.fileno())).shutdown(socket.SHUT_RDWR)
+
+    Thread(target=watch, daemon=True).start()
 
 
 READ_ONLY, NO_SUCH_NAME, NAME_IS_TAKEN, PLAN_IS_OLD = "25006", "26000", "42P05", "0A000"
@@ -361,7 +381,7 @@ def is_open(connection: sa.Connection) -> bool:
     driver = connection.connection.dbapi_connection
     if connection.dialect.name == "sqlite":
         return driver.in_transaction
-    return driver.get_transaction_status() != TRANSACTION_STATUS_IDLE
+    return driver.get_transaction_status() != psycopg2.extensions.TRANSACTION_STATUS_IDLE
 
 
 def commit(connection: sa.Connection, *last, **values) -> list[tuple]:
