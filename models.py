@@ -1,8 +1,8 @@
 """The ledger: who has an account, what is in it, and every trade that was ever booked.
 
-Read `Order` first (what a bot asks for), then `Account` (what may happen to its money: `locked`,
-`fill`, `record`), then `Trade` (what remains of it for ever). Nothing here knows of HTTP or of where
-prices come from.
+Read `Order` first (what a bot asks for), then `Account` (what may happen to its money: `locked`, `fill`,
+`record`), then `Trade` (what remains of it for ever). How statements reach the database (`send`) may be left for
+last. Nothing here knows of HTTP or of where prices come from.
 
 The books obey one equation for each run of each account, to the last digit, always:
 
@@ -271,7 +271,8 @@ def send(connection: sa.Connection, *statements, **values) -> list[tuple]:
         else:
             cursor.execute("; ".join([statement.sql for statement in script]), values)
         return script[-1].rows(cursor.fetchall()) if cursor.description else []
-    except connection.dialect.dbapi.Error as error:  # SQLAlchemy knows what to make of it.
+    except connection.dialect.dbapi.Error as error:
+        # SQLAlchemy judges it as if it had sent this itself. A private name, but its version is pinned.
         connection._handle_dbapi_exception(error, None, None, cursor, None)
 
 
@@ -436,6 +437,10 @@ class Refused(Exception):
         self.code, self.detail, self.members = code, detail, members
 
 
+def unauthorized() -> Refused:
+    return Refused("unauthorized", "Send your API key: `Authorization: Bearer <key>`.")
+
+
 TICKER = r"[.\-=^]*[A-Za-z0-9][A-Za-z0-9.\-=^]*"
 EMAIL = "[!-?A-~]+@[!-?A-~]+"
 API_KEY = "[!-~]{8,255}"
@@ -552,13 +557,13 @@ class User(db.Model):
         return hashlib.sha256(api_key.encode()).hexdigest()
 
     @classmethod
-    def with_key(cls, api_key: str) -> sa.Row | None:
+    def with_key(cls, key_hash: str) -> tuple | None:
         """The account of whoever has this key: user_id, cash_balance, run, market_clock, pin_changes.
 
         The hash is looked up, so timing tells nothing of the key.
         """
         with connected() as connection:
-            found = send(connection, USER_WITH_KEY, hash=cls.hash(api_key))
+            found = send(connection, USER_WITH_KEY, key_hash=key_hash)
         return found[0] if found else None
 
     @classmethod
@@ -1175,17 +1180,19 @@ class Account:
 
     @classmethod
     @contextmanager
-    def locked(cls, user_id: int, ticker: str | None = None, key: str | None = None):
+    def locked(cls, user_id: int, key_hash: str, ticker: str | None = None, key: str | None = None):
         """The transaction: everything that changes an account happens in `with Account.locked(...)`.
 
         Yields the account, its position in `ticker`, and the trade that it booked under the idempotency
         key `key`, or None. The account's row is locked first and all is read after that, so whoever
         comes second waits and then sees what the first one did; a join in the locking statement would
         still see the holding as it was before the wait. Leaving the block commits; an exception on the
-        way undoes it all.
+        way undoes it all. `Refused` if the account's API key is no longer the one with this hash.
         """
-        own = {"user_id": user_id, "ticker": ticker, "key": key}
+        own = {"user_id": user_id, "key_hash": key_hash, "ticker": ticker, "key": key}
         with turn(user_id), transaction(LOCK_ACCOUNT, LOCKED_ACCOUNT, **own) as (connection, rows):
+            if not rows:
+                raise unauthorized()
             row = rows[0]
             cash = row.cash_balance, row.starting_cash
             account = cls(user_id, row.run, *cash, row.market_clock, row.pin_changes, connection)
@@ -1193,12 +1200,20 @@ class Account:
             yield account, position, row.earlier and send(connection, TRADE_WITH_KEY, **own)[0]
 
     @classmethod
-    def with_holdings(cls, user_id: int) -> tuple["Account", list[sa.Row]]:
-        """The account and its holdings by ticker, of one moment, unlocked: one statement reads both."""
+    def with_holdings(cls, user_id: int, key_hash: str, controls: Controls) -> tuple["Account", list[tuple]]:
+        """The account and its holdings by ticker, of one moment, unlocked: one statement reads both.
+
+        `Refused` if the account's API key is no longer the one with this hash, `QuoteExpired` if its market
+        is no longer under these `controls`.
+        """
         with connected() as connection:
-            rows = send(connection, ACCOUNT_WITH_HOLDINGS, user_id=user_id)
+            rows = send(connection, ACCOUNT_WITH_HOLDINGS, user_id=user_id, key_hash=key_hash)
+        if not rows:
+            raise unauthorized()
         first = rows[0]
         account = cls(user_id, first.run, first.cash_balance, first.starting_cash)
+        if (controls.clock, controls.changes) != (first.market_clock, first.pin_changes):
+            raise QuoteExpired
         return account, [row for row in rows if row.ticker]
 
     def portfolio(self, holdings: Sequence, quotes: dict[str, Quote]) -> dict:
@@ -1411,10 +1426,11 @@ class Books:
 # Built once: building one costs Python more than sending it. All of them are plain SQL in SQLAlchemy's
 # words, and go over a connection, not a session: there is no second copy of a row that could be stale.
 
+HAS_THE_KEY = (User.api_key_hash == bindparam("key_hash")) & User.closed_at.is_(None)
 USER_WITH_KEY = (
     sa.select(Balance.user_id, Balance.cash_balance, Balance.run, Balance.market_clock, Balance.pin_changes)
     .join(User, User.id == Balance.user_id)
-    .where(User.api_key_hash == bindparam("hash"), User.closed_at.is_(None))
+    .where(HAS_THE_KEY)
 )
 SELECT_PINS = (
     sa.select(Pin.ticker, Pin.price, Pin.created_at)
@@ -1434,21 +1450,25 @@ LOCKED_ACCOUNT = (
         Holding.cost_basis,
         Trade.id.label("earlier"),
     )
+    .join(User, User.id == Balance.user_id)
     .outerjoin(Holding, (Holding.user_id == Balance.user_id) & (Holding.ticker == bindparam("ticker")))
     .outerjoin(Trade, (Trade.user_id == Balance.user_id) & (Trade.idempotency_key == bindparam("key")))
-    .where(Balance.user_id == bindparam("user_id"))
+    .where(Balance.user_id == bindparam("user_id"), HAS_THE_KEY)
 )
 ACCOUNT_WITH_HOLDINGS = (
     sa.select(
         Balance.cash_balance,
         Balance.starting_cash,
         Balance.run,
+        Balance.market_clock,
+        Balance.pin_changes,
         Holding.ticker,
         Holding.quantity,
         Holding.cost_basis,
     )
+    .join(User, User.id == Balance.user_id)
     .outerjoin(Holding, Holding.user_id == Balance.user_id)
-    .where(Balance.user_id == bindparam("user_id"))
+    .where(Balance.user_id == bindparam("user_id"), HAS_THE_KEY)
     .order_by(Holding.ticker)
 )
 TRADE_WITH_KEY = sa.select(Trade.__table__).where(

@@ -357,7 +357,7 @@ def problem(status: int, codes: list[str]) -> dict:
 
 def parameters(rule: Rule, called: dict[str, set]) -> Iterable[dict]:
     """What a route takes beside a body: headers, parts of its path, the query."""
-    for name in sorted({"X-Request-Id"} | called["request.headers.get"]):
+    for name in sorted(REQUEST_HEADERS.keys() & (called["request.headers.get"] | {"X-Request-Id"})):
         yield {"name": name, "in": "header", **REQUEST_HEADERS[name]}
     checked = {name: schema for model in called["checked"] for name, schema in fields_of(model)}
     for name, converter in rule._converters.items():

@@ -25,6 +25,6 @@ market, app = program.market, program.app
 market.quote = quote
 no_options, wall_clock = SimpleNamespace(dry_run=False), Controls()
 program.query = lambda model: no_options
-program.Controls = lambda clock, changes: wall_clock
+program.Controls = lambda *_: wall_clock
 program.drilled_fault = lambda: None
 program.COSTS = NoCosts

@@ -75,9 +75,8 @@ TASKS = {
 }
 
 # All that the trade route sends to the database for a buy with an idempotency key, in this order. The app
-# needs three messages for them, pgbench and the raw loop send them one by one.
+# needs two messages for them, pgbench and the raw loop send them one by one.
 STATEMENTS = [
-    models.USER_WITH_KEY,
     "BEGIN",
     models.LOCK_ACCOUNT,
     models.LOCKED_ACCOUNT,
@@ -135,7 +134,7 @@ def seed(url: str) -> None:
     engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
     with engine.begin() as connection:
         for table, rows in zip(
-            (models.User, models.Account, models.Holding, models.Trade),
+            (models.User, models.Balance, models.Holding, models.Trade),
             (users, accounts, holdings, trades),
             strict=True,
         ):
@@ -214,11 +213,11 @@ def processor_time(server: Server, task: tuple, seconds: float) -> float:
 def pgbench(postgres: PostgresServer, database: str, task: tuple, seconds: float, folder: Path) -> float:
     """Trades a second of PostgreSQL alone: the same statements, as text, as psycopg2 sends them."""
     _, first, users = task
-    given = values(":user", "T00:n", ":a-:b") | {"hash": "sha256"}
+    given = values(":user", "T00:n", ":a-:b") | {"key_hash": "sha256"}
     literals = {
         n: "NULL" if v is None else f"'{v}'" if isinstance(v, str) else str(v) for n, v in given.items()
     }
-    literals["hash"] = "encode(sha256('bench-key-:user'), 'hex')"
+    literals["key_hash"] = "encode(sha256('bench-key-:user'), 'hex')"
     literals["user_id"] = literals["owner"] = ":user"
     lines = [f"\\set user random({first}, {first + users - 1})", f"\\set n random(10, {HOLDINGS})"]
     lines += [f"\\set {name} random(1, 1000000000)" for name in "ab"]
@@ -241,7 +240,7 @@ def raw_sqlite(path: Path, seconds: float) -> float:
     while time.monotonic() < end:
         user = count % USERS + 1
         given = values(user, f"T{count % HOLDINGS + 1:04}", f"raw {end}-{count}", 10**8) | {
-            "hash": hashes[user - 1]
+            "key_hash": hashes[user - 1]
         }
         for statement in script:
             connection.execute(statement, given).fetchall()

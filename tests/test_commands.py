@@ -82,6 +82,32 @@ def test_accounts_are_managed_over_http(server):
     assert (taken.status_code, taken.json()["code"]) == (409, "already_exists")
 
 
+@pytest.mark.parametrize("ends", ["rotate-key", "close"])
+def test_a_key_that_has_ended_opens_nothing_though_every_process_knew_it(server, database, ends):
+    dave = server.trader(name="dave").sees("AAPL", at=10)
+    order = {"json": {"ticker": "AAPL", "action": "buy", "quantity": 1}}
+    key = {"Authorization": f"Bearer {dave.key}", "Connection": "close"}
+
+    def ask(method, path, **options) -> int:
+        options["headers"] = key | options.get("headers", {})
+        return requests.request(method, f"{server.url}/api/v1/{path}", timeout=9, **options).status_code
+
+    for number in range(20):  # Each over a new connection, so that both processes let him in.
+        assert ask("POST", "trade", headers={"Idempotency-Key": str(number)}, **order) == 200
+        assert ask("GET", "portfolio") == 200
+    assert user(database, ends, dave.email).returncode == 0
+    for _ in range(4):
+        assert ask("POST", "trade", **order) == 401
+        assert ask("POST", "trade", headers={"Idempotency-Key": "7"}, **order) == 401
+        assert ask("POST", "trade?dry_run=true", **order) == 401
+        assert ask("POST", "trade", data="no JSON") == 401
+        assert ask("POST", "trade", json=order["json"] | {"ticker": "NOPE"}) == 401
+        assert ask("POST", "trade", headers={"X-Simulate-Fault": "rate_limited"}, **order) == 401
+        assert ask("GET", "portfolio") == 401
+    own = {"user_id": dave.user_id}
+    assert database.run("SELECT count(*) FROM ibkr_trades WHERE user_id = :user_id", **own) == [(20,)]
+
+
 def test_the_audit_command_finds_nothing_on_honest_books(alice, database):
     alice.sees("AAPL", at=10).buys(3, "AAPL")
     done = flask("audit", DATABASE_URL=database.url, PRICE_SOURCES="sample")

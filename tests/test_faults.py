@@ -456,3 +456,14 @@ def test_the_audit_finds_what_was_changed_by_hand_to_the_last_digit(alice, datab
                 assert command.returncode == 1
                 assert f"User {alice.user_id}: {report['differences'][0]}\n" in command.stdout
     assert alice.audit()["ok"]
+
+
+def test_a_table_may_change_while_prepared_statements_know_it(broken, carol):
+    assert carol.buys(1, "AAPL")["run"] == 1
+    broken.database.engine.dispose()  # PostgreSQL has crashed since.
+    for kind in ("bigint", "integer"):
+        broken.database.run(f"ALTER TABLE ibkr_balances ALTER run TYPE {kind}")
+        for _ in range(4):
+            assert carol.order("buy", 1, "AAPL").status_code == 200
+            assert carol.ask("GET", "/api/v1/balance").status_code == 200
+    assert carol.audit() == {"ok": True, "trades": 9, "differences": []}

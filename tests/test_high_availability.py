@@ -117,6 +117,17 @@ def test_through_a_pooler_one_trades_as_without_it(pooled):
     assert alice.get("/api/v1/account/history", run=1)["summary"]["trades"] == 2
 
 
+def test_a_connection_that_has_forgotten_what_was_prepared_is_no_fault(pooled):
+    with Server(pooled.database_url, workers=1) as server:
+        alice = server.trader()
+        for number in range(4):
+            assert alice.order("buy", 1, "AAPL", key=str(number)).status_code == 200
+            Database(server.database_url).run(
+                "DEALLOCATE ALL"
+            )  # On the connection that the pooler has used last.
+        assert len(alice.trades) == 4
+
+
 def test_of_fifty_buys_through_a_pooler_with_cash_for_one_one_is_booked(pooled):
     alice = pooled.trader(cash=100).sees("AAPL", at=100)
     responses = at_once(copies(alice), lambda a, _: a.order("buy", 1, "AAPL"))

@@ -3,6 +3,7 @@
 from decimal import Decimal
 
 import pytest
+import requests
 from conftest import Server, exact
 
 
@@ -264,3 +265,13 @@ def test_digits_beyond_pythons_default_precision_stay_exact(server):
     assert portfolio["market_value"] == Decimal("99999999999999999800")
     assert portfolio["unrealized_pnl"] == Decimal("99999999999999999700")
     assert portfolio["equity"] == Decimal("100000000089999999699.99999999")
+
+
+def test_a_clock_that_is_moved_is_seen_by_every_process_at_once(alice, server):
+    key = {"Authorization": f"Bearer {alice.key}", "Connection": "close"}
+    alice.buys(1, "AAPL")
+    for day in range(1, 13):
+        now = stop_clock(alice, f"2012-03-{day:02}T00:00:00Z")["now"]
+        for _ in range(3):  # Each over a new connection, so that both processes are asked.
+            seen = requests.get(f"{server.url}/api/v1/portfolio", headers=key, timeout=9).json()
+            assert seen["holdings"][0]["price_timestamp"] == now

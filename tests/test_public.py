@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -72,7 +73,7 @@ def test_a_request_without_a_usable_id_is_given_one(alice, sent):
     assert all(re.fullmatch("[0-9a-f]{32}", id) for id in ids)
 
 
-def test_the_log_has_a_line_a_request_and_a_line_a_trade_with_its_id_and_no_key(alice, server):
+def test_the_log_has_a_line_a_request_with_its_id_and_what_it_booked_and_no_key(alice, server):
     bought = alice.sees("AAPL", at=10).ask(
         "POST",
         "/api/v1/trade",
@@ -80,12 +81,20 @@ def test_the_log_has_a_line_a_request_and_a_line_a_trade_with_its_id_and_no_key(
         headers={"X-Request-Id": f"buys-{alice.user_id}", "Idempotency-Key": f"secret-{alice.user_id}"},
     )
     assert alice.cash == 99990  # Its connection goes on only when the line of the request before is written.
-    lines = [line for line in server.log().splitlines() if line.endswith(f" [buys-{alice.user_id}]")]
-    trade, request = sorted(lines, key=lambda line: "POST" in line)
-    assert trade.startswith(f"trade {bought.json()['id']}: user {alice.user_id} ")
-    assert '"POST /api/v1/trade HTTP/1.1" 200 ' in request
+    (line,) = [line for line in server.log().splitlines() if line.endswith(f" [buys-{alice.user_id}]")]
+    assert '127.0.0.1 "POST /api/v1/trade HTTP/1.1" 200 ' in line
+    assert f" trade {bought.json()['id']}: user {alice.user_id} buy 1 AAPL at the market " in line
     assert alice.key not in server.log()
     assert f"secret-{alice.user_id}" not in server.log()
+
+
+def test_what_a_client_asks_for_is_harmless_in_the_log(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=9) as client:
+        client.sendall(b'GET /"forged HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n')
+        while client.recv(4096):
+            pass
+    (line,) = [line for line in server.log().splitlines() if "forged" in line]
+    assert line.startswith(r'127.0.0.1 "GET /\"forged HTTP/1.1" 404 ')
 
 
 def test_an_id_that_comes_twice_does_not_make_one_trade_of_two(alice):
