@@ -2,18 +2,23 @@
 
 It is what bench/compare.py measures the simulator against: an API key's SHA-256 is looked up, an idempotency
 key is looked up under the account's lock, the holding is read after the lock, every amount is an exact
-Decimal from the request's text to the answer's. It has the endpoints of the bench and no others.
+Decimal from the request's text to the answer's. It also does what the simulator does for every request: an
+id, a line in the log, careful headers, a count against a limit. It has the endpoints of the bench, no others.
 """
 
 import csv
 import hashlib
 import json
+import logging
 import os
 import platform
+import re
 import time
+from collections import Counter
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from secrets import token_hex
 from typing import Annotated, Literal
 
 import asyncpg
@@ -27,6 +32,55 @@ UNIT, ZERO, EXACT = Decimal("0.00000001"), Decimal(0), Context(prec=60)
 Amount = Annotated[Decimal, Field(gt=0, lt=10_000_000_000, decimal_places=8)]
 PRICES = {row["ticker"]: Decimal(row["price"]) for row in csv.DictReader(open(os.environ["SAMPLE_MARKET"]))}
 STARTED = time.monotonic()
+RATE_LIMIT, RATE_SECONDS = 1_000_000_000, 60
+CAREFUL = [
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"cache-control", b"no-store"),
+]
+asked = Counter()
+log = logging.getLogger("twin")
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+
+class Gate:
+    """The id, the line in the log and the headers of every request."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started, status = time.perf_counter(), 500
+        sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        own_id = sent if re.fullmatch("[A-Za-z0-9._:/+=@-]{1,128}", sent) else token_hex(16)
+
+        async def send_more(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                more = scope["state"].get("rate", [])
+                message["headers"] = [
+                    *message["headers"],
+                    *CAREFUL,
+                    *more,
+                    (b"x-request-id", own_id.encode()),
+                ]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_more)
+        finally:
+            milliseconds = (time.perf_counter() - started) * 1000
+            line = f"{scope['method']} {scope['path']} HTTP/{scope['http_version']}"
+            booked = scope["state"].get("booked", "")
+            address = scope["client"][0]
+            log.info(
+                "%s %s %s %.1f ms %s [%s]", address, json.dumps(line), status, milliseconds, booked, own_id
+            )
 
 
 class Order(BaseModel):
@@ -64,11 +118,13 @@ def iso(moment: datetime) -> str:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI):
-    async with asyncpg.create_pool(os.environ["DATABASE_URL"]) as app.state.pool:
+    limits = {"lock_timeout": "3s", "statement_timeout": "5s"}
+    async with asyncpg.create_pool(os.environ["DATABASE_URL"], server_settings=limits) as app.state.pool:
         yield
 
 
 app = FastAPI(lifespan=lifespan)
+app.add_middleware(Gate)
 
 
 @app.exception_handler(Refused)
@@ -91,6 +147,18 @@ async def authenticated(request: Request, authorization: Annotated[str, Header()
     )
     if user_id is None:
         raise Refused(401, "unauthorized", "Send your API key: `Authorization: Bearer <key>`.")
+    window, past = divmod(int(time.time()), RATE_SECONDS)
+    if len(asked) > 10_000:
+        asked.clear()
+    asked[user_id, window] += 1
+    left, rest = RATE_LIMIT - asked[user_id, window], RATE_SECONDS - past
+    if left < 0:
+        raise Refused(429, "rate_limited", f"Go on in {rest} seconds.", retry_after=rest)
+    request.state.rate = [
+        (b"ratelimit-limit", b"%d" % RATE_LIMIT),
+        (b"ratelimit-remaining", b"%d" % left),
+        (b"ratelimit-reset", b"%d" % rest),
+    ]
     return user_id
 
 
@@ -240,6 +308,9 @@ async def trade(
             *(user_id, account["run"], ticker, order.action, quantity, price, total),
             *(realized, cash, asked, idempotency_key, now),
         )
+    request.state.booked = (
+        f"trade {booked['id']}: user {user_id} {order.action} {quantity} {ticker} at {price}"
+    )
     return exact(answer(booked))
 
 
