@@ -1,8 +1,8 @@
 """The ledger: who has an account, what is in it, and every trade that was ever booked.
 
 Read `Order` first (what a bot asks for), then `Account` (what may happen to its money: `locked`, `fill`,
-`record`), then `Trade` (what remains of it for ever). How statements reach the database (`send`) may be left for
-last. Nothing here knows of HTTP or of where prices come from.
+`record`), then `Trade` (what remains of it for ever). How statements reach the database, `send` and what
+follows it, may be left for last. Nothing here knows of HTTP or of where prices come from.
 
 The books obey one equation for each run of each account, to the last digit, always:
 
