@@ -662,7 +662,7 @@ def trade():
         account.record(booked, position, key)
     if fault == "error_after_commit":
         raise Refused("outcome_unknown", "A drill: the answer to this trade was lost. Was it booked?")
-    request.environ["broker.booked"] = f"trade {booked.id}: user {g.user_id} {order}"
+    request.environ["broker.booked"] = f" trade {booked.id}: user {g.user_id} {order}"
     return Trade.to_dict(booked)
 
 

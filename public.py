@@ -137,9 +137,8 @@ class Gate:
             milliseconds = (time.perf_counter() - started) * 1000
             self.seen.add(milliseconds, answered)
             asked = f"{environ['REQUEST_METHOD']} {environ.get('RAW_URI')} {environ['SERVER_PROTOCOL']}"
-            booked = environ.get("broker.booked", "")  # What a trade has to say of itself.
-            address = environ.get("REMOTE_ADDR")
-            log.info("%s %s %s %.1f ms %s", address, quoted(asked), answered, milliseconds, booked)
+            address, booked = environ.get("REMOTE_ADDR"), environ.get("broker.booked", "")
+            log.info("%s %s %s %.1f ms%s", address, quoted(asked), answered, milliseconds, booked)
 
     def welcome_origin(self, environ: dict) -> str | None:
         """The origin whose page may read the answer; `*` can be all of them, as the key is no cookie."""
