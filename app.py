@@ -98,7 +98,8 @@ VERSION = "1.0.0"
 # --------------------------------------------------------------------------------------------- App
 
 load_dotenv()
-# One line a request, one a trade, one a failed source; not from where in the code, which takes time.
+# One line a request, which says what a trade has booked, and one a failed source. Where in the code a line
+# comes from is not looked up: that takes time.
 logging._srcfile = None
 logging.basicConfig(level=logging.INFO, format="%(message)s%(request_id)s")
 logging.getLogger().handlers[0].addFilter(public.with_request_id)
@@ -428,6 +429,7 @@ def admit(may_trust: bool) -> None:
     trusted = let_in.get(g.key_hash) if may_trust and request.endpoint in LOOK_THEMSELVES else None
     account = trusted or (User.with_key(g.key_hash) if key and not is_admin else None)
     if not (is_admin or account):
+        let_in.pop(g.key_hash, None)  # A key that has ended is from now on a wrong one.
         counter.count(f"wrong keys from {public.client_address()}", public.WRONG_KEYS)
         raise unauthorized()
     counter.count(f"user {account.user_id}" if account else "admin", RATE_LIMIT)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import redis
 import requests
-from conftest import Server, exact, free_port
+from conftest import ADMIN, Server, exact, free_port
 
 ANSWERS = {
     "a page": ("GET", "/", 200),
@@ -169,6 +169,22 @@ def limited(database):
 def rate(answer: requests.Response) -> tuple[int, ...]:
     """The limit, what is left of it, and the seconds until it begins anew."""
     return tuple(int(answer.headers[f"RateLimit-{name}"]) for name in ("Limit", "Remaining", "Reset"))
+
+
+@on_one_database
+def test_who_has_a_key_that_has_ended_does_not_use_up_what_its_owner_may_ask(limited):
+    erin = limited.trader(name="erin")
+    erin.order("buy", 1, "AAPL")
+    new_key = requests.post(
+        f"{limited.url}/api/v1/users/{erin.user_id}/rotate-key",
+        headers={"Authorization": f"Bearer {ADMIN}"},
+        timeout=9,
+    ).json()["api_key"]
+    old = [erin.order("buy", 1, "AAPL") for _ in range(3)]
+    assert {answer.status_code for answer in old} == {401}
+    assert [rate(answer)[0] for answer in old[1:]] == [100, 100]  # They count as wrong keys.
+    erin.session.headers["Authorization"] = f"Bearer {new_key}"
+    assert erin.order("buy", 1, "AAPL").status_code == 200
 
 
 @on_one_database
