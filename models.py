@@ -879,6 +879,10 @@ class Controls:
     changes: int = 0
     pins: dict[str, Decimal] = field(default_factory=dict)
 
+    def are_in_force(self, account) -> bool:
+        """Whether `account`, an `Account` or a row of its table, is still set like this."""
+        return (self.clock, self.changes) == (account.market_clock, account.pin_changes)
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -1082,10 +1086,7 @@ class Account:
         moment = now()
         if quote.valid_until and quote.valid_until <= moment:
             raise QuoteExpired
-        if quote.controls and (quote.controls.clock, quote.controls.changes) != (
-            self.market_clock,
-            self.pin_changes,
-        ):
+        if quote.controls and not quote.controls.are_in_force(self):
             raise QuoteExpired
         if not quote.is_in_dollars:
             raise Refused(
@@ -1212,7 +1213,7 @@ class Account:
             raise unauthorized()
         first = rows[0]
         account = cls(user_id, first.run, first.cash_balance, first.starting_cash)
-        if (controls.clock, controls.changes) != (first.market_clock, first.pin_changes):
+        if not controls.are_in_force(first):
             raise QuoteExpired
         return account, [row for row in rows if row.ticker]
 
