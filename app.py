@@ -628,7 +628,8 @@ def portfolio():
     A holding whose price cannot be had in time shows `null` there, as do the totals that need it.
     """
     query(NoOptions)
-    account, holdings = Account.with_holdings(g.user_id, g.key_hash, g.controls)
+    account, holdings = Account.with_holdings(g.user_id, g.key_hash)
+    g.controls.must_be_in_force(account)
     g.is_on_trust = False
     quotes = market.quotes([holding.ticker for holding in holdings], g.controls)
     return account.portfolio(holdings, quotes)
@@ -654,9 +655,10 @@ def trade():
     # One of its own makes an order without a key as safe to repeat in here as one with.
     key = key or g.setdefault("own_key", f"request {uuid4()}")
     with Account.locked(g.user_id, g.key_hash, order.ticker, key) as (account, position, earlier):
-        g.is_on_trust = False
         if earlier and not options.dry_run:
             return replay(earlier, order)
+        g.controls.must_be_in_force(account)
+        g.is_on_trust = False
         booked = account.fill(order, quote, position, COSTS)
         if fault == "error_before_commit":
             raise Refused("database_unavailable", "A drill: this trade failed and was not booked.")

@@ -879,9 +879,10 @@ class Controls:
     changes: int = 0
     pins: dict[str, Decimal] = field(default_factory=dict)
 
-    def are_in_force(self, account) -> bool:
-        """Whether `account`, an `Account` or a row of its table, is still set like this."""
-        return (self.clock, self.changes) == (account.market_clock, account.pin_changes)
+    def must_be_in_force(self, account: "Account") -> None:
+        """`QuoteExpired` if `account` has been set otherwise since: it has other quotes now."""
+        if (self.clock, self.changes) != (account.market_clock, account.pin_changes):
+            raise QuoteExpired
 
 
 @dataclass(frozen=True)
@@ -909,8 +910,7 @@ class Costs:
 class Quote:
     """What a source said that one share or coin costs, in `currency`, and until when that holds.
 
-    A quote of the sample market also says by which controls of the account it holds, and which moment of
-    the recorded past it is of.
+    `market_time` is the moment of the recorded past that a quote of the sample market is of.
     """
 
     ticker: str
@@ -920,7 +920,6 @@ class Quote:
     timestamp: datetime
     valid_until: datetime | None = None
     number: int | None = None
-    controls: Controls | None = None
     market_time: datetime | None = None
 
     @property
@@ -1086,8 +1085,6 @@ class Account:
         moment = now()
         if quote.valid_until and quote.valid_until <= moment:
             raise QuoteExpired
-        if quote.controls and not quote.controls.are_in_force(self):
-            raise QuoteExpired
         if not quote.is_in_dollars:
             raise Refused(
                 "unsupported_currency",
@@ -1201,20 +1198,18 @@ class Account:
             yield account, position, row.earlier and send(connection, TRADE_WITH_KEY, **own)[0]
 
     @classmethod
-    def with_holdings(cls, user_id: int, key_hash: str, controls: Controls) -> tuple["Account", list[tuple]]:
+    def with_holdings(cls, user_id: int, key_hash: str) -> tuple["Account", list[tuple]]:
         """The account and its holdings by ticker, of one moment, unlocked: one statement reads both.
 
-        `Refused` if the account's API key is no longer the one with this hash, `QuoteExpired` if its market
-        is no longer under these `controls`.
+        `Refused` if the account's API key is no longer the one with this hash.
         """
         with connected() as connection:
             rows = send(connection, ACCOUNT_WITH_HOLDINGS, user_id=user_id, key_hash=key_hash)
         if not rows:
             raise unauthorized()
         first = rows[0]
-        account = cls(user_id, first.run, first.cash_balance, first.starting_cash)
-        if not controls.are_in_force(first):
-            raise QuoteExpired
+        cash = first.cash_balance, first.starting_cash
+        account = cls(user_id, first.run, *cash, first.market_clock, first.pin_changes)
         return account, [row for row in rows if row.ticker]
 
     def portfolio(self, holdings: Sequence, quotes: dict[str, Quote]) -> dict:

@@ -577,7 +577,6 @@ class SampleMarket:
                 source=self.name,
                 timestamp=controls.clock or minute,
                 valid_until=None if controls.clock else minute + timedelta(seconds=BAR_SECONDS),
-                controls=controls,
                 market_time=market_time,
             )
             for ticker, price in prices.items()

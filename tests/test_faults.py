@@ -283,12 +283,10 @@ def test_python_app_py_says_in_one_line_that_the_database_is_away():
 @pytest.mark.parametrize("key", [None, "k"], ids=["without a key", "with a key"])
 @pytest.mark.parametrize("failure", ["unsent", "unanswered", "late"])
 def test_a_connection_cut_at_commit_ends_in_the_truth(broken, carol, failure, key):
-    left = carol.ask("GET", "/api/v1/balance").headers["RateLimit-Remaining"]
     broken.proxy.fail_at_commit = failure
     response = carol.order("buy", 2, "AAPL", key=key)
     assert broken.proxy.fail_at_commit is None
     assert response.status_code == 200, response.text
-    assert int(response.headers["RateLimit-Remaining"]) == int(left) - 1  # Tried again, and counted once.
     (trade,) = carol.trades
     assert trade == exact(response)
     assert carol.cash == 99800

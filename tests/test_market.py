@@ -1,10 +1,12 @@
 """A market that the bot's tests control: clock, pins, runs, results, drills, a file of one's own."""
 
+import json
+import random
 from decimal import Decimal
 
 import pytest
 import requests
-from conftest import Server, exact
+from conftest import Server, exact, loaded
 
 
 def stop_clock(trader, at):
@@ -71,6 +73,24 @@ def test_every_process_and_restart_agrees_on_a_stopped_clocks_price(new_database
     with Server(database.url) as server:
         alice.server = server
         assert {alice.ask("GET", "/api/v1/price/GOOG").text} == before
+
+
+def test_a_trade_after_the_clock_moved_is_not_kept_waiting(server, alice, monkeypatch):
+    """A process may know alice with her clock as it was. It looks again at once, without a pause."""
+    stop_clock(alice, "2012-06-01T00:00:00Z")
+    with loaded(DATABASE_URL=server.database_url, PRICE_SOURCES="sample") as program:
+        client, key = program["app"].test_client(), {"Authorization": f"Bearer {alice.key}"}
+        monkeypatch.setattr(random, "uniform", lambda low, high: pytest.fail("It pauses."))
+        order = {"ticker": "AAPL", "action": "buy", "quantity": 1}
+        for price in (560.99, 562.83):
+            trade = json.loads(client.post("/api/v1/trade", json=order, headers=key).text)
+            assert (trade["price"], trade["market_price"]) == (price, price)
+            advance(alice)  # In another process.
+            (held,) = json.loads(client.get("/api/v1/portfolio", headers=key).text)["holdings"]
+            assert held["current_price"] == float(alice.get("/api/v1/price/AAPL")["price"])
+            advance(alice)
+        with program["app"].app_context():
+            program["db"].engine.dispose()
 
 
 # Starting over
