@@ -37,8 +37,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # -------------------------------------------------------------------------------------------- Units
 
-UNIT = Decimal("0.00000001")
-"""The smallest step of every amount, price and quantity: 8 decimals."""
+UNIT, CENT, HUNDRED = Decimal("0.00000001"), Decimal("0.01"), Decimal(100)
+"""`UNIT` is the smallest step of every amount, price and quantity: 8 decimals."""
 
 ORDER_LIMIT = Decimal(10_000_000_000)
 """An order's quantity and price stay below this."""
@@ -70,19 +70,17 @@ def value_of(quantity: Decimal, price: Decimal, rounding: str = ROUND_FLOOR) -> 
 
 def percent(part: Decimal, whole: Decimal) -> Decimal | None:
     """`part` of `whole` in percent, to 2 decimals; of nothing there is no percentage."""
-    if not whole:
-        return None
-    return (part * 100 / whole).quantize(Decimal("0.01"), ROUND_HALF_EVEN)
+    return (part * HUNDRED / whole).quantize(CENT) if whole else None
 
 
 def plain(number: Decimal) -> str:
     """The exact digits of `number`: no exponent, no trailing zeros, no minus before a zero."""
+    if not number:
+        return "0"
     text = str(number)
     if "E" in text:
         text = f"{number:f}"
-    if "." in text:
-        text = text.rstrip("0").rstrip(".")
-    return "0" if text == "-0" else text
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def now() -> datetime:
@@ -1207,10 +1205,8 @@ class Account:
             rows = send(connection, ACCOUNT_WITH_HOLDINGS, user_id=user_id, key_hash=key_hash)
         if not rows:
             raise unauthorized()
-        first = rows[0]
-        cash = first.cash_balance, first.starting_cash
-        account = cls(user_id, first.run, *cash, first.market_clock, first.pin_changes)
-        return account, [row for row in rows if row.ticker]
+        own, *holdings = rows
+        return cls(user_id, own.run, *own[1:3], own.market_clock, own.pin_changes), holdings
 
     def portfolio(self, holdings: Sequence, quotes: dict[str, Quote]) -> dict:
         """The account valued at `quotes`: dollars, profit and loss, and percentages of the cost.
@@ -1451,22 +1447,22 @@ LOCKED_ACCOUNT = (
     .outerjoin(Trade, (Trade.user_id == Balance.user_id) & (Trade.idempotency_key == bindparam("key")))
     .where(Balance.user_id == bindparam("user_id"), HAS_THE_KEY)
 )
-ACCOUNT_WITH_HOLDINGS = (
+# The account comes first, as the holding of no ticker: its cash, and the cash that it began with.
+ACCOUNT_WITH_HOLDINGS = sa.union_all(
     sa.select(
-        Balance.cash_balance,
-        Balance.starting_cash,
+        sa.null().label("ticker"),
+        Balance.cash_balance.label("quantity"),
+        Balance.starting_cash.label("cost_basis"),
         Balance.run,
         Balance.market_clock,
         Balance.pin_changes,
-        Holding.ticker,
-        Holding.quantity,
-        Holding.cost_basis,
     )
     .join(User, User.id == Balance.user_id)
-    .outerjoin(Holding, Holding.user_id == Balance.user_id)
-    .where(Balance.user_id == bindparam("user_id"), HAS_THE_KEY)
-    .order_by(Holding.ticker)
-)
+    .where(Balance.user_id == bindparam("user_id"), HAS_THE_KEY),
+    sa.select(Holding.ticker, Holding.quantity, Holding.cost_basis, sa.null(), sa.null(), sa.null())
+    .join(User, User.id == Holding.user_id)
+    .where(Holding.user_id == bindparam("user_id"), HAS_THE_KEY),
+).order_by(sa.nulls_first(sa.column("ticker")))
 TRADE_WITH_KEY = sa.select(Trade.__table__).where(
     Trade.user_id == bindparam("user_id"), Trade.idempotency_key == bindparam("key")
 )

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import itemgetter
 from pathlib import Path
 from urllib.parse import quote as escaped
@@ -566,22 +566,29 @@ class SampleMarket:
 
     def quotes(self, tickers: list[str], controls: Controls = WALL_CLOCK) -> dict[str, Quote]:
         """The quotes of those `tickers` that there are, all of the same moment."""
-        minute = now().replace(second=0, microsecond=0)
-        market_time = self.time(controls, minute)
-        prices = {ticker: controls.pins.get(ticker) or self.price(ticker, market_time) for ticker in tickers}
-        return {
-            ticker: Quote(
-                ticker=ticker,
-                price=price,
-                currency="USD",
-                source=self.name,
-                timestamp=controls.clock or minute,
-                valid_until=None if controls.clock else minute + timedelta(seconds=BAR_SECONDS),
-                market_time=market_time,
-            )
-            for ticker, price in prices.items()
-            if price is not None
-        }
+        minute, clock, pin = now().replace(second=0, microsecond=0), controls.clock, controls.pins.get
+        quotes = {ticker: self.quote_at(ticker, minute, clock, pin(ticker)) for ticker in tickers}
+        return {ticker: quote for ticker, quote in quotes.items() if quote}
+
+    @lru_cache(maxsize=10_000)  # noqa: B019 - a process has one market, for as long as it lives.
+    def quote_at(
+        self, ticker: str, minute: datetime, clock: datetime | None, pin: Decimal | None
+    ) -> Quote | None:
+        """What `ticker` costs in this `minute`, or at an account's stopped `clock`, if it has no `pin` there.
+
+        Asked for a thousand holdings in each portfolio, so it is remembered. It depends on nothing else.
+        """
+        market_time = clock or self.time(moment=minute)
+        price = pin or self.price(ticker, market_time)
+        return price and Quote(
+            ticker=ticker,
+            price=price,
+            currency="USD",
+            source=self.name,
+            timestamp=clock or minute,
+            valid_until=None if clock else minute + timedelta(seconds=BAR_SECONDS),
+            market_time=market_time,
+        )
 
     def past(self, user_id: int, tickers: Iterable[str]) -> PastPrice:
         """What a ticker cost this user at some moment: the pin in force then, or the recorded bar."""
