@@ -58,11 +58,18 @@ SERVERS = {
         *("--workers", WORKERS, "--no-access-log"),
     ],
 }
+
+
+def instead(program: str) -> list:
+    """The app's command with another program of this folder, such as `bare`."""
+    command = [f"{program}:app" if word == "app:app" else word for word in SERVERS["app"]]
+    return [*command, "--pythonpath", HERE]
+
+
 WORKER_CLASSES = {
     "sync": ["--worker-class", "sync"],
     **{f"gthread, {n} threads": ["--worker-class", "gthread", "--threads", n] for n in (4, 8, 16)},
 }
-BARE = "bare:app"  # In `bare.py`.
 MANY, HOT = ("TRADE", 1, USERS), ("TRADE", 1, 1)  # What is asked, the first account and how many.
 TASKS = {
     "trade, many users": MANY,
@@ -106,6 +113,10 @@ def values(user, ticker: str, key: str, scale=1) -> dict:
     cash = dict.fromkeys(("cash", "cash_after"), 100199.875 * scale)
     times = dict.fromkeys(("now", "created_at", "market_time"), "2026-01-01 12:00:00.123456")
     return who | what | kind | prices | sums | holding | cash | times
+
+
+SQLITE_STATEMENTS = [s.replace("BEGIN", "BEGIN IMMEDIATE") for s in statements("sqlite")]
+KEY_HASHES = [models.User.hash(f"bench-key-{user}") for user in range(USERS + 1)]
 
 
 # --------------------------------------------------------------------------------------- The books
@@ -229,21 +240,26 @@ def pgbench(postgres: PostgresServer, database: str, task: tuple, seconds: float
     return float(re.search(r"tps = ([0-9.]+)", finished([*command, postgres.url(database)], seconds))[1])
 
 
-def raw_sqlite(path: Path, seconds: float) -> float:
-    """Trades a second of a bare loop in one process: the same statements, WAL and synchronous=FULL."""
-    connection = sqlite3.connect(path, isolation_level=None)
+def sqlite_opened(path: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=15)
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
-    script = [s.replace("BEGIN", "BEGIN IMMEDIATE") for s in statements("sqlite")]
-    hashes = [models.User.hash(f"bench-key-{user}") for user in range(1, USERS + 1)]
-    count, end = 0, time.monotonic() + seconds
+    return connection
+
+
+def raw_trade(connection: sqlite3.Connection, key: str, number: int) -> None:
+    """The statements of a trade and nothing else."""
+    user = number % USERS + 1
+    given = values(user, f"T{number % HOLDINGS + 1:04}", key, 10**8) | {"key_hash": KEY_HASHES[user]}
+    for statement in SQLITE_STATEMENTS:
+        connection.execute(statement, given).fetchall()
+
+
+def raw_sqlite(path: str, seconds: float) -> float:
+    """Trades a second of a bare loop in one process."""
+    connection, count, end = sqlite_opened(path), 0, time.monotonic() + seconds
     while time.monotonic() < end:
-        user = count % USERS + 1
-        given = values(user, f"T{count % HOLDINGS + 1:04}", f"raw {end}-{count}", 10**8) | {
-            "key_hash": hashes[user - 1]
-        }
-        for statement in script:
-            connection.execute(statement, given).fetchall()
+        raw_trade(connection, f"raw {end}-{count}", count)
         count += 1
     connection.close()
     return count / seconds
@@ -332,23 +348,26 @@ def compare(postgres: PostgresServer, folder: Path, count: int, seconds: float) 
     with ExitStack() as running:
         servers = {n: running.enter_context(serving(SERVERS[n], urls[n], folder)) for n in SERVERS}
         contenders = {name: partial(wrk, server) for name, server in servers.items()}
+        empty = running.enter_context(serving(instead("empty"), base, folder))
+        contenders["empty"] = lambda task, seconds: (
+            wrk(empty, task, seconds) if task == TASKS["price from the cache"] else None
+        )
         contenders["pgbench"] = lambda task, seconds: (
             pgbench(postgres, "pgbench", task, seconds, folder) if task[0] == "TRADE" else None
         )
         rates = rounds("PostgreSQL", contenders, TASKS, count, seconds)
-    rows = [["a second", "app", "granian", "twin", "pgbench", "app/twin", "granian/twin", "app/pgbench"]]
+    names = ["app", "granian", "empty", "twin", "pgbench"]
+    rows = [["a second", *names, "app/twin", "granian/twin", "empty/twin", "app/pgbench"]]
     for task in TASKS:
-        app, granian, twin, limit = (rates[name].get(task) for name in ("app", "granian", "twin", "pgbench"))
-        rows.append(
-            [task, app, granian, twin, limit or "", app / twin, granian / twin, limit and app / limit or ""]
-        )
+        app, granian, empty, twin, limit = found = [rates[name].get(task, "") for name in names]
+        ratios = app / twin, granian / twin, empty and empty / twin, limit and app / limit
+        rows.append([task, *found, *ratios])
     table(rows)
     for name in ("app", "twin"):
         audit = flask("audit", DATABASE_URL=urls[name], PRICE_SOURCES="sample").stdout.splitlines()[-1]
         print(f"The books of the {name} after that: {audit}")
     with ExitStack() as running:
-        bare = [BARE if part == "app:app" else part for part in SERVERS["app"]]
-        commands = {"app": SERVERS["app"], "bare": [*bare, "--pythonpath", HERE]}
+        commands = {"app": SERVERS["app"], "bare": instead("bare")}
         servers = {n: running.enter_context(serving(c, base, folder)) for n, c in commands.items()}
         contenders = {n: partial(processor_time, server) for n, server in servers.items()}
         used = rounds("Features that nobody uses", contenders, {"trade": MANY}, 11, seconds)
@@ -365,17 +384,21 @@ def compare(postgres: PostgresServer, folder: Path, count: int, seconds: float) 
 
 
 def sqlite(folder: Path, count: int, seconds: float) -> None:
-    for name in ("app", "raw"):
-        assert flask("db", "upgrade", DATABASE_URL=f"sqlite:///{folder}/{name}.db").returncode == 0
-        seed(f"sqlite:///{folder}/{name}.db")
-    with serving(SERVERS["app"], f"sqlite:///{folder}/app.db", folder) as app:
+    urls = {name: f"sqlite:///{folder}/{name}.db" for name in ("app", "empty", "raw")}
+    for url in urls.values():
+        assert flask("db", "upgrade", DATABASE_URL=url).returncode == 0
+        seed(url)
+    empty = serving(instead("empty"), urls["empty"], folder, RAW=f"{folder}/empty.db")
+    with serving(SERVERS["app"], urls["app"], folder) as app, empty:
         contenders = {
             "app": partial(wrk, app),
-            "raw": lambda _, seconds: raw_sqlite(folder / "raw.db", seconds),
+            "empty": partial(wrk, empty),
+            "raw": lambda _, seconds: raw_sqlite(f"{folder}/raw.db", seconds),
         }
         rates = rounds("SQLite", contenders, {"trade": MANY}, count, seconds)
-    app, raw = rates["app"]["trade"], rates["raw"]["trade"]
-    table([["SQLite, a second", "app", "raw sqlite3 loop", "app/raw"], ["trade", app, raw, app / raw]])
+    app, empty, raw = (rates[name]["trade"] for name in contenders)
+    rows = [["SQLite, a second", "app", "empty", "raw sqlite3 loop", "app/raw", "empty/raw"]]
+    table([*rows, ["trade", app, empty, raw, app / raw, empty / raw]])
 
 
 def main() -> None:
