@@ -128,15 +128,16 @@ class Gate:
         is_preflight = (
             environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
         )
-        if origin and is_preflight:
-            start("204 No Content", ALLOWED)  # A browser asks first, without a key, whether its page may ask.
-            return []
         try:
+            if origin and is_preflight:
+                start("204 No Content", ALLOWED)  # A browser asks, without a key, whether its page may ask.
+                return []
             return self.app(environ, start)
         finally:
             milliseconds = (time.perf_counter() - started) * 1000
             self.seen.add(milliseconds, answered)
-            asked = f"{environ['REQUEST_METHOD']} {environ.get('RAW_URI')} {environ['SERVER_PROTOCOL']}"
+            path = "?".join(filter(None, (environ["PATH_INFO"], environ.get("QUERY_STRING"))))
+            asked = f"{environ['REQUEST_METHOD']} {path} {environ['SERVER_PROTOCOL']}"
             address, booked = environ.get("REMOTE_ADDR"), environ.get("broker.booked", "")
             log.info("%s %s %s %.1f ms%s", address, quoted(asked), answered, milliseconds, booked)
 
@@ -168,7 +169,7 @@ class Counter:
     """
 
     REST_SECONDS = 2
-    NAMES = 10_000  # In the dict; the oldest go, which are of windows that are over.
+    NAMES = 10_000  # In the dict; the oldest go, most of which are of windows that are over.
 
     def __init__(self, uri: str):
         self.redis, self.own, self.lock, self.rests_until = None, {}, threading.Lock(), 0.0

@@ -97,6 +97,17 @@ def test_what_a_client_asks_for_is_harmless_in_the_log(server):
     assert line.startswith(r'127.0.0.1 "GET /\"forged HTTP/1.1" 404 ')
 
 
+def test_the_log_has_a_line_for_what_only_browsers_ask_whatever_the_server(public, caplog):
+    """`RAW_URI` is gunicorn's alone, and what a browser asks first never comes to the app."""
+    gate = public.Gate(lambda environ, start: [], {ORIGIN})
+    asked = {"REQUEST_METHOD": "OPTIONS", "PATH_INFO": "/a\nb", "QUERY_STRING": "c=1"}
+    asked |= {"SERVER_PROTOCOL": "HTTP/1.1", "wsgi.url_scheme": "http", "REMOTE_ADDR": "127.0.0.1"}
+    asked |= {"HTTP_ORIGIN": ORIGIN, "HTTP_ACCESS_CONTROL_REQUEST_METHOD": "POST"}
+    with caplog.at_level("INFO"):
+        gate(asked, lambda status, headers: None)
+    assert caplog.messages[0].startswith(r'127.0.0.1 "OPTIONS /a\nb?c=1 HTTP/1.1" 204 ')
+
+
 def test_an_id_that_comes_twice_does_not_make_one_trade_of_two(alice):
     order = {"ticker": "AAPL", "action": "buy", "quantity": 1}
     alice.sees("AAPL", at=10)
