@@ -1029,11 +1029,13 @@ class Position:
         self.quantity += quantity
         self.cost_basis += cost
 
-    def remove(self, quantity: Decimal) -> Decimal:
-        """Take `quantity` out and answer its share of the cost; the last share takes all that is left."""
-        cost = self.cost_basis
-        if quantity < self.quantity:
-            cost = rounded(cost * quantity / self.quantity)
+    def cost_of(self, quantity: Decimal) -> Decimal:
+        """What `quantity` of it cost: its share, and for the last share all that is left."""
+        if quantity == self.quantity:
+            return self.cost_basis
+        return rounded(self.cost_basis * quantity / self.quantity)
+
+    def remove(self, quantity: Decimal, cost: Decimal) -> None:
         self.quantity -= quantity
         self.cost_basis -= cost
         return cost
@@ -1169,7 +1171,11 @@ class Account:
                 f"and cash stays below {ACCOUNT_LIMIT}.",
                 limit=ACCOUNT_LIMIT,
             )
-        fill.realized_pnl = proceeds - position.remove(fill.quantity)
+        cost = position.cost_of(fill.quantity)
+        if proceeds - cost < -ACCOUNT_LIMIT:
+            raise Refused("limit_exceeded", f"A loss ends at {ACCOUNT_LIMIT}.", limit=ACCOUNT_LIMIT)
+        position.remove(fill.quantity, cost)
+        fill.realized_pnl = proceeds - cost
         self.cash_balance += proceeds
 
     # The database.

@@ -120,6 +120,18 @@ def test_a_quote_that_has_expired_judges_no_trade():
     account().fill(order("buy", 1), quote("1", valid_until=now() + timedelta(seconds=9)), holding())
 
 
+def test_a_loss_that_the_books_cannot_hold_is_refused_and_changes_nothing():
+    """The commission comes on top of all that a holding may have cost."""
+    alice, gone = account("9000000"), holding("1", ACCOUNT_LIMIT - 10)
+    costs = Costs(commission_min=Decimal(11) + 1)
+    with pytest.raises(Refused) as refusal:
+        alice.fill(order("sell", 1), quote("1"), gone, costs)
+    assert refusal.value.code == "limit_exceeded"
+    assert (alice.cash_balance, gone.quantity, gone.cost_basis) == (9_000_000, 1, ACCOUNT_LIMIT - 10)
+    fill = alice.fill(order("sell", 1), quote("1"), gone, Costs(commission_min=Decimal(11)))
+    assert fill.realized_pnl == -ACCOUNT_LIMIT
+
+
 @pytest.mark.parametrize("field", ["quantity", "cost_basis"])
 def test_a_holding_stays_below_the_limit_of_an_account(field):
     full = holding(**{"quantity": "1", "cost": "1"})
