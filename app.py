@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache, lru_cache
@@ -194,20 +193,23 @@ class Simulator(Flask):
     def dispatch_request(self):
         """Answer the request, from the top again after a lost race or a lost connection.
 
-        Every route is one transaction at the most, so to repeat it whole is safe; a trade looks its
-        idempotency key up first, under the lock, and so finds out what became of a COMMIT whose answer
-        was lost. A client does not wait for ever: six tries, and none that begins after three seconds,
-        except for a trade that had to wait for its lock so long that its price ran out.
+        Every route is one transaction at the most, and reads nothing after it, so to repeat it whole is
+        safe; a trade looks its idempotency key up first, under the lock, and so finds out what became of a
+        COMMIT whose answer was lost. A client does not wait for ever: six tries, the second at once, and no
+        further one after three seconds, except for a trade that had to wait for its lock so long that its
+        price ran out.
         """
         unknown = None
         deadline = time.monotonic() + self.SECONDS
         for attempt in range(1, self.TRIES + 1):
             try:
-                admit(may_trust=attempt == 1)
-                return super().dispatch_request()
-            except (DBAPIError, QuoteExpired, OutcomeUnknown, Refused) as error:
-                if g.get("is_on_trust") and isinstance(error, Refused | QuoteExpired):
-                    continue  # At once, with the key looked up.
+                try:
+                    admit(may_trust=attempt == 1)
+                    return super().dispatch_request()
+                except (Refused, HTTPException):
+                    look_up_if_on_trust()  # Whoever hears a "no" has a key.
+                    raise
+            except (DBAPIError, sa.exc.TimeoutError, QuoteExpired, OutcomeUnknown, Refused) as error:
                 unknown = unknown or (isinstance(error, OutcomeUnknown) and error)
                 late = time.monotonic() > deadline and not isinstance(error, QuoteExpired)
                 over = attempt == self.TRIES or late
@@ -215,12 +217,13 @@ class Simulator(Flask):
                     if unknown:
                         raise unknown from error
                     raise
-            time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
+            if attempt > 1:
+                time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
 
 
 def is_passing(error: Exception) -> bool:
     """Whether the same request may well succeed a moment later, and does no harm if it is made twice."""
-    if isinstance(error, Refused):
+    if isinstance(error, Refused | sa.exc.TimeoutError):
         return False
     if isinstance(error, OutcomeUnknown):
         return request.endpoint == "trade"  # Which looks its key up first. Nothing else has one.
@@ -400,7 +403,7 @@ def outcome_unknown(error: OutcomeUnknown) -> Response:
 
 @app.errorhandler(QuoteExpired)
 def quote_expired(error: QuoteExpired) -> Response:
-    return problem("price_unavailable", "Prices change faster than this trade could be booked.")
+    return problem("price_unavailable", "Prices change faster than this could be answered.")
 
 
 # -------------------------------------------------------------------------------- Reading requests
@@ -409,16 +412,19 @@ def quote_expired(error: QuoteExpired) -> Response:
 let_in: dict[str, tuple] = {}
 """The accounts that this process has let in lately, by the hashes of their keys."""
 
-LOOK_THEMSELVES = ("trade", "portfolio")
-"""Routes whose first statement finds nothing unless the account still has this key."""
+LOOK_THEMSELVES = [("POST", "trade"), ("GET", "portfolio")]
+"""Requests whose own statements find nothing unless the account still has this key."""
+
+FAULT = "X-Simulate-Fault"
+"""The header that asks for a drill, see `drilled_fault`. Some take time, so none is tried on trust."""
 
 
 def admit(may_trust: bool) -> None:
     """Let the request in: find out whose key it carries, which account that is, and how its market is set.
 
-    A route that looks at the key itself, together with all else, may take one that was let in before on
-    trust: a question less to the database. Until it has looked, `g.is_on_trust` stands, and a refusal is not
-    answered but tried again with the key looked up first. So trust decides nothing, it saves time.
+    A request that looks at the key itself, together with all else, may be let in on trust if its key was
+    before: a question less to the database. `g.is_on_trust` stands until it has looked, and nothing is
+    answered before that: neither a success nor, see `look_up_if_on_trust`, a refusal.
     """
     if not request.path.startswith("/api/"):
         return
@@ -427,26 +433,35 @@ def admit(may_trust: bool) -> None:
     key = key.strip() if scheme.lower() == "bearer" else ""
     g.key_hash, g.is_on_trust = User.hash(key), False
     is_admin = ADMIN_API_KEY and hmac.compare_digest(g.key_hash, User.hash(ADMIN_API_KEY))
-    trusted = let_in.get(g.key_hash) if may_trust and request.endpoint in LOOK_THEMSELVES else None
+    looks_itself = (request.method, request.endpoint) in LOOK_THEMSELVES and FAULT not in request.headers
+    trusted = let_in.get(g.key_hash) if may_trust and looks_itself else None
     account = trusted or (User.with_key(g.key_hash) if key and not is_admin else None)
     if not (is_admin or account):
         let_in.pop(g.key_hash, None)  # A key that has ended is from now on a wrong one.
         counter.count(f"wrong keys from {public.client_address()}", public.WRONG_KEYS)
         raise unauthorized()
+    if account:
+        if len(let_in) >= 10_000:
+            let_in.clear()
+        let_in[g.key_hash] = account
+        g.account, g.user_id, g.is_on_trust = account, account.user_id, trusted is not None
+        pins = Pin.in_force(g.user_id) if account.pin_changes else {}
+        g.controls = Controls(account.market_clock, account.pin_changes, pins)
     counter.count(f"user {account.user_id}" if account else "admin", RATE_LIMIT)
     is_admins_path = re.match("/api/v1/users(/|$)", request.path)
     if is_admins_path and not is_admin:
         raise Refused("forbidden", "Accounts are managed with the server's ADMIN_API_KEY, if it has one.")
     if is_admin and not is_admins_path:
         raise Refused("forbidden", "The admin's key manages accounts; it has none of its own to trade with.")
-    if account:
-        if len(let_in) >= 10_000:
-            let_in.clear()
-        let_in[g.key_hash] = account
-        g.account, g.user_id = account, account.user_id
-        pins = Pin.in_force(g.user_id) if account.pin_changes else {}
-        g.controls = Controls(account.market_clock, account.pin_changes, pins)
-    g.is_on_trust = trusted is not None
+
+
+def look_up_if_on_trust() -> None:
+    """Before a "no", which may be another account's or nobody's. `QuoteExpired` if its market has moved."""
+    if g.get("is_on_trust"):
+        controls = g.controls
+        admit(may_trust=False)
+        if g.controls != controls:
+            raise QuoteExpired
 
 
 @cache
@@ -464,12 +479,14 @@ def read(model: type[BaseModel]) -> BaseModel:
 
 def body() -> bytes:
     """The request's body, whole: a server passes on one that was cut short."""
+    if "unreadable" in g:
+        raise g.unreadable  # Read again, it would seem to end where it broke off.
     try:
         content = request.get_data()
-    except HTTPException:
-        raise
     except Exception as error:  # Each server raises its own for a bad chunk; all are the client's.
-        raise Refused("invalid_json", "The body could not be read to its end.") from error
+        refusal = Refused("invalid_json", "The body could not be read to its end.")
+        g.unreadable = error if isinstance(error, HTTPException) else refusal
+        raise g.unreadable from error
     if request.content_length not in (None, len(content)):
         raise Refused(
             "invalid_json",
@@ -629,8 +646,9 @@ def portfolio():
     """
     query(NoOptions)
     account, holdings = Account.with_holdings(g.user_id, g.key_hash)
-    g.controls.must_be_in_force(account)
-    g.is_on_trust = False
+    if g.is_on_trust:
+        g.controls.must_be_in_force(account)
+        g.is_on_trust = False
     quotes = market.quotes([holding.ticker for holding in holdings], g.controls)
     return account.portfolio(holdings, quotes)
 
@@ -647,23 +665,23 @@ def trade():
     try:
         quote = market.quote(order.ticker, g.controls)  # Before the lock: no locked row waits for Yahoo.
     except Refused:
-        admit(may_trust=False)  # Only whose key was looked up hears more.
-        if key and not options.dry_run and (earlier := Trade.with_key(g.user_id, key)):
-            return replay(earlier, order)  # Which needs no price.
+        look_up_if_on_trust()
+        if key and (earlier := Trade.with_key(g.user_id, key)):
+            return replay(earlier, order, options)  # Which needs no price.
         raise
 
     # One of its own makes an order without a key as safe to repeat in here as one with.
     key = key or g.setdefault("own_key", f"request {uuid4()}")
     with Account.locked(g.user_id, g.key_hash, order.ticker, key) as (account, position, earlier):
-        if earlier and not options.dry_run:
-            return replay(earlier, order)
-        g.controls.must_be_in_force(account)
         g.is_on_trust = False
+        if earlier:
+            return replay(earlier, order, options)
+        g.controls.must_be_in_force(account)
         booked = account.fill(order, quote, position, COSTS)
         if fault == "error_before_commit":
             raise Refused("database_unavailable", "A drill: this trade failed and was not booked.")
         if options.dry_run:
-            return Trade.to_dict(booked) | {"dry_run": True}
+            return Trade.to_dict(booked) | REHEARSED
         account.record(booked, position, key)
     if fault == "error_after_commit":
         raise Refused("outcome_unknown", "A drill: the answer to this trade was lost. Was it booked?")
@@ -671,7 +689,10 @@ def trade():
     return Trade.to_dict(booked)
 
 
-def replay(earlier: tuple, order: Order):
+REHEARSED = {"id": None, "dry_run": True}
+
+
+def replay(earlier: tuple, order: Order, options: TradeOptions):
     """The first answer once more, for a key that has been used; refused if for another order."""
     if not Trade.is_for(earlier, order):
         raise Refused(
@@ -680,7 +701,8 @@ def replay(earlier: tuple, order: Order):
             trade_id=str(earlier.id),
         )
     own = earlier.idempotency_key == g.get("own_key")  # We booked it, but lost the answer to our COMMIT.
-    return Trade.to_dict(earlier), {} if own else {"Idempotent-Replayed": "true"}
+    answer = Trade.to_dict(earlier) | (REHEARSED if options.dry_run else {})
+    return answer, {} if own else {"Idempotent-Replayed": "true"}
 
 
 @app.get("/api/v1/trades")
@@ -744,7 +766,7 @@ def reset():
     query(NoOptions)
     start = read(Reset) if body() else Reset()
     with Account.locked(g.user_id, g.key_hash) as (account, _, _):
-        account.start_over(start.cash, market.time(replace(g.controls, clock=account.market_clock)))
+        account.start_over(start.cash, market.time(Controls(account.market_clock)))
     return {"user_id": g.user_id, "run": account.run, "cash_balance": account.cash_balance}
 
 
@@ -811,7 +833,7 @@ def need_sample_market() -> None:
 
 def drilled_fault() -> str | None:
     """The fault that the header `X-Simulate-Fault` asks for; some happen at once, in here."""
-    fault = request.headers.get("X-Simulate-Fault")
+    fault = request.headers.get(FAULT)
     if fault is None:
         return None
     need_sample_market()
@@ -825,7 +847,7 @@ def drilled_fault() -> str | None:
         raise invalid(
             [
                 {
-                    "field": "X-Simulate-Fault",
+                    "field": FAULT,
                     "message": "must be price_unavailable, rate_limited, error_before_commit, "
                     "error_after_commit or latency=MILLISECONDS",
                 }
@@ -834,10 +856,7 @@ def drilled_fault() -> str | None:
     return fault
 
 
-def market_now(account: Account | None = None):
-    controls = g.controls
-    if account:
-        controls = replace(controls, clock=account.market_clock)
+def market_under(controls: Controls) -> dict:
     return {
         "source": market.name,
         "clock": "manual" if controls.clock else "wall",
@@ -845,7 +864,7 @@ def market_now(account: Account | None = None):
         "first_bar": iso(market.bars[0]),
         "last_bar": iso(market.bars[-1]),
         "tickers": sorted(market.closes),
-        "pins": Pin.in_force(g.user_id),
+        "pins": controls.pins,
     }
 
 
@@ -854,7 +873,7 @@ def market_state():
     """Your sample market: its clock, its recorded time, its tickers and the prices that you pinned."""
     query(NoOptions)
     need_sample_market()
-    return market_now()
+    return market_under(g.controls)
 
 
 @app.put("/api/v1/market/clock")
@@ -871,7 +890,8 @@ def set_clock():
         raise invalid([{"field": "at", "message": f"must be a time {span}"}])
     with Account.locked(g.user_id, g.key_hash) as (account, _, _):
         account.change(market_clock=at and market.bar_at(at))
-    return market_now(account)
+        controls = account.controls()
+    return market_under(controls)
 
 
 @app.post("/api/v1/market/advance")
@@ -884,7 +904,8 @@ def advance():
         if account.market_clock is None:
             raise Refused("clock_is_running", "Stop the clock first: PUT /api/v1/market/clock.")
         account.change(market_clock=market.bar_after(account.market_clock, bars))
-    return market_now(account)
+        controls = account.controls()
+    return market_under(controls)
 
 
 @app.put("/api/v1/market/prices/<ticker>")
@@ -909,7 +930,8 @@ def pinned(ticker: str, price: Decimal | None):
         raise Refused("unknown_ticker", f"There is no ticker {ticker} here.", ticker=ticker)
     with Account.locked(g.user_id, g.key_hash) as (account, _, _):
         account.pin(ticker, price)
-    return market_now(account)
+        controls = account.controls()
+    return market_under(controls)
 
 
 # For whoever runs the server; `admit` lets only the admin's key come here.

@@ -18,7 +18,7 @@ import sqlite3
 import time
 from collections import defaultdict, namedtuple
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal, DefaultContext, setcontext
@@ -417,7 +417,7 @@ def turn(user_id: int):
     """
     lock = turns.setdefault(user_id if db.engine.dialect.name == "postgresql" else None, Lock())
     if not lock.acquire(timeout=TURN_SECONDS):
-        raise Refused("database_unavailable", "Too many requests wait for this; try again in a moment.")
+        raise sa.exc.TimeoutError("Too many requests wait for this.")
     try:
         yield
     finally:
@@ -620,7 +620,7 @@ class User(db.Model):
 
     @classmethod
     def change(cls, user_id: int, **values) -> None:
-        with transaction() as (connection, _):
+        with transaction(LOCK_ACCOUNT, user_id=user_id) as (connection, _):  # No trade is under way then.
             is_open = (cls.id == user_id) & cls.closed_at.is_(None)
             if not connection.execute(sa.update(cls).where(is_open).values(values)).rowcount:
                 raise Refused("not_found", f"There is no open account with the id {user_id}.")
@@ -852,11 +852,11 @@ class Pin(db.Model):
     created_at: Mapped[Time]
 
     @classmethod
-    def in_force(cls, user_id: int) -> dict[str, Decimal]:
-        """The prices that the user has pinned now, by ticker."""
+    def in_force(cls, user_id: int, connection: sa.Connection | None = None) -> dict[str, Decimal]:
+        """The prices that the user has pinned now, by ticker; within a transaction over its `connection`."""
         last = sa.select(sa.func.max(cls.id)).where(cls.user_id == user_id).group_by(cls.ticker)
         pins = sa.select(cls.ticker, cls.price).where(cls.id.in_(last), cls.price.is_not(None))
-        with connected() as connection:
+        with nullcontext(connection) if connection else connected() as connection:
             return {pin.ticker: pin.price for pin in connection.execute(pins.order_by(cls.ticker))}
 
     @classmethod
@@ -993,18 +993,18 @@ class Market(db.Model):
     @classmethod
     def claim(cls, kind: str) -> None:
         """Take the database for this market; `Refused` if it belongs to the other one."""
-        try:
-            with connected() as connection:
-                connection.execute(sa.insert(cls), {"id": 1, "kind": kind})
-        except IntegrityError:
-            with connected() as connection:
+        with connected() as connection:
+            owner = connection.scalar(sa.select(cls.kind))  # A standby can be read, though not written to.
+            if owner is None:
+                with suppress(IntegrityError):  # Another process was faster.
+                    connection.execute(sa.insert(cls), {"id": 1, "kind": kind})
                 owner = connection.scalar(sa.select(cls.kind))
-            if owner != kind:
-                raise Refused(
-                    "price_unavailable",
-                    f"This database holds {owner} prices and this server serves {kind} ones; "
-                    "give each its own DATABASE_URL.",
-                ) from None
+        if owner != kind:
+            raise Refused(
+                "price_unavailable",
+                f"This database holds {owner} prices and this server serves {kind} ones; "
+                "give each its own DATABASE_URL.",
+            )
 
 
 # ------------------------------------------------------------------------------------- The account
@@ -1038,7 +1038,6 @@ class Position:
     def remove(self, quantity: Decimal, cost: Decimal) -> None:
         self.quantity -= quantity
         self.cost_basis -= cost
-        return cost
 
 
 @dataclass
@@ -1282,6 +1281,10 @@ class Account:
         )
         self.change(pin_changes=self.pin_changes + 1)
 
+    def controls(self) -> Controls:
+        """How the account's sample market is set now, within the transaction that sets it."""
+        return Controls(self.market_clock, self.pin_changes, Pin.in_force(self.user_id, self.connection))
+
     def change(self, **values) -> None:
         """Write `values` to the account's row."""
         for name, value in values.items():
@@ -1291,7 +1294,7 @@ class Account:
 
 
 class QuoteExpired(Exception):
-    """The quote stopped holding while the trade waited for its lock; ask for the price again."""
+    """The quote ran out, or the account's market was set otherwise, while the request was under way."""
 
 
 # ------------------------------------------------------------------------------------- The results

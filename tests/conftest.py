@@ -85,6 +85,20 @@ def loaded(**settings):
         yield runpy.run_path(str(ROOT / "app.py"), run_name="app")
 
 
+@contextmanager
+def in_process(trader: "Trader"):
+    """The program in this process, beside the trader's server, and `ask(method, path, ...)` to ask it."""
+    with loaded(DATABASE_URL=trader.server.database_url, PRICE_SOURCES="sample") as program:
+        client, key = program["app"].test_client(), {"Authorization": f"Bearer {trader.key}"}
+
+        def ask(method: str, path: str, headers=None, **options):
+            return client.open(path, method=method, headers=key | (headers or {}), **options)
+
+        yield program, ask
+        with program["app"].app_context():
+            program["db"].engine.dispose()
+
+
 def flask(*arguments: str, **settings) -> subprocess.CompletedProcess:
     """`flask --app app ARGUMENTS`."""
     with loaded(**settings) as program:

@@ -82,7 +82,15 @@ def test_accounts_are_managed_over_http(server):
     assert (taken.status_code, taken.json()["code"]) == (409, "already_exists")
 
 
-@pytest.mark.parametrize("first", ["trade", "portfolio"])
+FIRSTS = {
+    "trade": ("POST", "trade", {"json": {"ticker": "AAPL", "action": "buy", "quantity": 1}}),
+    "portfolio": ("GET", "portfolio", {}),
+    "options": ("OPTIONS", "trade", {}),
+    "too large": ("POST", "trade", {"data": "x" * 70_000, "headers": {"Content-Type": "application/json"}}),
+}
+
+
+@pytest.mark.parametrize("first", FIRSTS)
 @pytest.mark.parametrize("ends", ["rotate-key", "close"])
 def test_a_key_that_has_ended_opens_nothing_though_every_process_knew_it(server, database, ends, first):
     dave = server.trader(name="dave").sees("AAPL", at=10)
@@ -98,8 +106,8 @@ def test_a_key_that_has_ended_opens_nothing_though_every_process_knew_it(server,
         assert ask("POST", "trade", headers={"Idempotency-Key": str(number)}, **order) == 200
         assert ask("GET", "portfolio") == 200
     assert user(database, ends, dave.email).returncode == 0
-    if first == "portfolio":  # The first refusal in a process is the one that it could get wrong.
-        assert [ask("GET", "portfolio") for _ in range(8)] == [401] * 8
+    method, path, options = FIRSTS[first]  # The first answer of a process is the one that it could get wrong.
+    assert [ask(method, path, **options) for _ in range(8)] == [401] * 8
     for _ in range(4):
         assert ask("POST", "trade", **order) == 401
         assert ask("POST", "trade", headers={"Idempotency-Key": "7"}, **order) == 401

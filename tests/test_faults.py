@@ -398,6 +398,11 @@ def test_a_database_that_takes_no_writes_is_unavailable_not_a_fault_of_ours(brok
         refused = carol.order("buy", 1, "AAPL")
         assert (refused.status_code, refused.json()["code"]) == (503, "database_unavailable")
         assert carol.cash == 100000
+        with Server(broken.server.database_url, workers=1) as new:  # Which has seen no other database.
+            balance = requests.get(
+                f"{new.url}/api/v1/balance", headers={"Authorization": f"Bearer {carol.key}"}, timeout=9
+            )
+        assert balance.status_code == 200
     finally:
         postgres.execute("ALTER DATABASE faults SET default_transaction_read_only = off")
     # A connection that takes no writes is not used again, though the server keeps it.

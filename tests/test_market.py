@@ -2,11 +2,13 @@
 
 import json
 import random
+import time
 from decimal import Decimal
 
 import pytest
 import requests
-from conftest import Server, exact, loaded
+from conftest import Server, exact, in_process
+from sqlalchemy.exc import OperationalError
 
 
 def stop_clock(trader, at):
@@ -78,19 +80,110 @@ def test_every_process_and_restart_agrees_on_a_stopped_clocks_price(new_database
 def test_a_trade_after_the_clock_moved_is_not_kept_waiting(server, alice, monkeypatch):
     """A process may know alice with her clock as it was. It looks again at once, without a pause."""
     stop_clock(alice, "2012-06-01T00:00:00Z")
-    with loaded(DATABASE_URL=server.database_url, PRICE_SOURCES="sample") as program:
-        client, key = program["app"].test_client(), {"Authorization": f"Bearer {alice.key}"}
+    with in_process(alice) as (program, ask):
         monkeypatch.setattr(random, "uniform", lambda low, high: pytest.fail("It pauses."))
         order = {"ticker": "AAPL", "action": "buy", "quantity": 1}
         for price in (560.99, 562.83):
-            trade = json.loads(client.post("/api/v1/trade", json=order, headers=key).text)
+            trade = json.loads(ask("POST", "/api/v1/trade", json=order).text)
             assert (trade["price"], trade["market_price"]) == (price, price)
             advance(alice)  # In another process.
-            (held,) = json.loads(client.get("/api/v1/portfolio", headers=key).text)["holdings"]
+            (held,) = json.loads(ask("GET", "/api/v1/portfolio").text)["holdings"]
             assert held["current_price"] == float(alice.get("/api/v1/price/AAPL")["price"])
             advance(alice)
-        with program["app"].app_context():
-            program["db"].engine.dispose()
+
+
+def test_a_portfolio_is_answered_though_pins_change_all_the_time(server, alice, monkeypatch):
+    with in_process(alice) as (program, ask):
+        with_holdings, prices = program["Account"].with_holdings, iter(range(1, 99))
+
+        def pinned_just_before(*arguments):
+            alice.sees("IBM", at=next(prices))
+            return with_holdings(*arguments)
+
+        monkeypatch.setattr(program["Account"], "with_holdings", pinned_just_before)
+        assert [ask("GET", "/api/v1/portfolio").status_code for _ in range(3)] == [200] * 3
+
+
+def test_a_drill_that_takes_time_happens_once(server, alice, monkeypatch):
+    stop_clock(alice, "2012-06-01T00:00:00Z")
+    with in_process(alice) as (program, ask):
+        slept, sleep = [], time.sleep
+        ask("GET", "/api/v1/portfolio")
+        advance(alice)  # In another process: this one knows her clock as it was.
+        monkeypatch.setattr(time, "sleep", lambda seconds: (slept.append(seconds), sleep(seconds)))
+        order = {"ticker": "AAPL", "action": "buy", "quantity": 1}
+        drill = {"X-Simulate-Fault": "latency=7"}
+        assert ask("POST", "/api/v1/trade", json=order, headers=drill).status_code == 200
+        assert slept.count(0.007) == 1
+
+
+class LostConnection(OperationalError):
+    """What SQLAlchemy raises when the database has hung up."""
+
+    def __init__(self):
+        super().__init__("", {}, Exception("gone"), connection_invalidated=True)
+
+
+def test_a_clock_whose_answer_met_a_lost_connection_has_moved_once(server, alice, monkeypatch):
+    stop_clock(alice, "2012-06-01T00:00:00Z")
+    with in_process(alice) as (program, ask):
+        in_force, lost = program["Pin"].in_force, [LostConnection()]
+
+        def in_force_but_once(*arguments):
+            if lost:
+                raise lost.pop()
+            return in_force(*arguments)
+
+        monkeypatch.setattr(program["Pin"], "in_force", in_force_but_once)
+        moved = json.loads(ask("POST", "/api/v1/market/advance").text)
+        assert (moved["now"], lost) == ("2012-06-04T00:00:00Z", [])
+    assert alice.get("/api/v1/market")["now"] == "2012-06-04T00:00:00Z"
+
+
+class BreaksOff:
+    """A body that cannot be read to its end, and when it is read again seems to end where it broke off."""
+
+    def __init__(self):
+        self.parts = [b"", b'{"ticker": "AAPL", "action": "buy", "quantity": 1}', None]
+
+    def read(self, *_):
+        part = self.parts.pop()
+        if part is None:
+            raise OSError
+        return part
+
+
+def test_a_body_that_broke_off_is_never_an_order(alice, monkeypatch):
+    with in_process(alice) as (program, ask):
+        ask("GET", "/api/v1/portfolio")  # Now the key is looked up just before a refusal. That fails once.
+        with_key, lost = program["User"].with_key, [LostConnection()]
+
+        def with_key_but_once(key_hash):
+            if lost:
+                raise lost.pop()
+            return with_key(key_hash)
+
+        monkeypatch.setattr(program["User"], "with_key", with_key_but_once)
+        answer = ask(
+            "POST",
+            "/api/v1/trade",
+            headers={"Content-Type": "application/json", "Transfer-Encoding": "chunked"},
+            environ_overrides={"wsgi.input": BreaksOff(), "wsgi.input_terminated": True},
+        )
+        assert (answer.status_code, lost) == (400, [])
+    assert alice.trades == []
+
+
+def test_a_ticker_that_begins_as_the_clock_moves_can_be_traded_at_once(new_database, tmp_path):
+    file = tmp_path / "prices.csv"
+    days = [f"2020-01-0{day}T00:00:00Z,{ticker},{day}" for day, ticker in ((1, "OLD"), (2, "NEW"))]
+    file.write_text("\n".join(["timestamp,ticker,price", *days]))
+    with Server(new_database().migrate().url, workers=1, SAMPLE_MARKET=file) as server:
+        alice = server.trader()
+        stop_clock(alice, "2020-01-01T00:00:00Z")
+        assert alice.buys(1, "NEW")["code"] == "unknown_ticker"
+        advance(alice)
+        assert alice.buys(1, "NEW")["price"] == 2
 
 
 # Starting over
@@ -263,10 +356,14 @@ def test_a_body_in_chunks_is_read_like_any_other(alice):
     assert exact(answer)["cash_balance"] == 5
 
 
-def test_a_rehearsal_takes_no_notice_of_a_key_that_was_used(alice):
-    alice.sees("AAPL", at=1).buys(1, "AAPL", key="k")
-    rehearsal = alice.buys(1, "AAPL", key="k", params={"dry_run": "true"})
-    assert (rehearsal["id"], rehearsal["dry_run"]) == (None, True)
+def test_a_rehearsal_with_a_key_that_was_used_is_answered_as_the_trade_would_be(alice):
+    trade = alice.sees("AAPL", at=1).buys(1, "AAPL", key="k")
+    alice.sees("AAPL", at=2)
+    rehearsal = alice.order("buy", 1, "AAPL", key="k", params={"dry_run": "true"})
+    assert exact(rehearsal) == trade | {"id": None, "dry_run": True}
+    assert rehearsal.headers["Idempotent-Replayed"] == "true"
+    other = alice.order("buy", 2, "AAPL", key="k", params={"dry_run": "true"})
+    assert (other.status_code, exact(other)["code"]) == (422, "idempotency_key_reused")
 
 
 def test_pages_of_a_run_go_on_when_a_new_one_begins(alice):

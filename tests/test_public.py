@@ -199,6 +199,16 @@ def test_who_has_a_key_that_has_ended_does_not_use_up_what_its_owner_may_ask(lim
 
 
 @on_one_database
+def test_who_has_a_key_that_has_ended_hears_so_and_nothing_of_its_owners_limit(limited):
+    frank = limited.trader(name="frank")
+    while frank.order("buy", 1, "AAPL").status_code != 429:
+        pass
+    url = f"{limited.url}/api/v1/users/{frank.user_id}"
+    assert requests.delete(url, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=9).status_code == 200
+    assert [frank.order("buy", 1, "AAPL").status_code for _ in range(3)] == [401] * 3
+
+
+@on_one_database
 def test_who_asks_too_often_is_told_when_to_go_on(limited):
     greedy, modest = limited.trader(name="greedy"), limited.trader(name="modest")
     answers = [greedy.order("sell", 1, "AAPL")]

@@ -1,13 +1,16 @@
 """Many at once: every race has one winner, and the books hold, on both databases and over two workers."""
 
 import random
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from threading import Barrier
 
-from conftest import Trader
+import pytest
+import requests
+from conftest import ADMIN, Trader, in_process
 
 MANY = 50
 
@@ -170,3 +173,36 @@ def test_many_accounts_write_at_the_same_time(server):
     answers = at_once(traders, lambda t, _: [t.order("buy", 1, "AAPL") for _ in range(8)])
     assert outcomes(sum(answers, [])) == {200: 256}
     assert {trader.cash for trader in traders} == {99960}
+
+
+@pytest.mark.parametrize("end", [("POST", "/rotate-key"), ("DELETE", "")], ids=["a new key", "closed"])
+def test_a_key_ends_when_the_trade_under_way_is_over(server, alice, database, end):
+    """So that none is booked with it after the answer that it has ended."""
+    method, path = end
+    url = f"{server.url}/api/v1/users/{alice.user_id}{path}"
+    admin = {"Authorization": f"Bearer {ADMIN}"}
+    lock = {
+        "sqlite": "BEGIN IMMEDIATE",
+        "postgresql": f"SELECT * FROM ibkr_balances WHERE user_id = {alice.user_id} FOR UPDATE",
+    }
+    with database.engine.connect() as trade, ThreadPoolExecutor(1) as pool:
+        trade.exec_driver_sql(lock[database.engine.dialect.name])
+        ended = pool.submit(requests.request, method, url, headers=admin, timeout=30)
+        time.sleep(0.5)
+        assert not ended.done()
+        trade.rollback()
+        assert ended.result().status_code == 200
+    assert alice.ask("GET", "/api/v1/balance").status_code == 401
+
+
+def test_a_turn_that_does_not_come_is_waited_for_once(server, alice, monkeypatch):
+    with in_process(alice) as (program, ask):
+        assert ask("GET", "/api/v1/portfolio").status_code == 200  # It is known by now.
+        models = sys.modules["models"]
+        monkeypatch.setattr(models, "TURN_SECONDS", 1)
+        order = {"ticker": "AAPL", "action": "buy", "quantity": 1}
+        with program["app"].app_context(), models.turn(alice.user_id):
+            started = time.monotonic()
+            answer = ask("POST", "/api/v1/trade", json=order)
+            assert (answer.status_code, "database_unavailable" in answer.text) == (503, True)
+            assert 1 <= time.monotonic() - started < 1.9
