@@ -6,8 +6,9 @@
     Routes            the API; `trade` is the heart of the program, start reading there
     Commands          what `flask user` and `python app.py` do
 
-What an account may do with its money is in `models.py`, where prices come from in `pricing.py`, and
-what it takes to stand in public (ids, limits, headers) in `public.py`.
+What an account may do with its money is in `models.py`, where prices come from in `pricing.py`, how
+statements reach the database in `database.py`, and what it takes to stand in public (ids, limits, headers)
+in `public.py`.
 """
 
 import csv
@@ -47,9 +48,9 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 import openapi
 import public
+from database import ANSWER_SECONDS, OutcomeUnknown, Watched, db
 from models import (
     ACCOUNT_LIMIT,
-    ANSWER_SECONDS,
     ORDER_LIMIT,
     Account,
     Action,
@@ -63,17 +64,14 @@ from models import (
     Moment,
     Order,
     OrderAmount,
-    OutcomeUnknown,
     Pin,
     QuoteExpired,
     Refused,
     Ticker,
     Trade,
     User,
-    Watched,
     checked_cash,
     checked_ticker,
-    db,
     iso,
     now,
     plain,
@@ -89,6 +87,7 @@ from pricing import (
     SampleMarket,
     SourceFailed,
     Yahoo,
+    no_such_ticker,
     yahoo_is_reachable,
 )
 
@@ -278,11 +277,11 @@ app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
 app.config["SQLALCHEMY_DATABASE_URI"] = DATABASE_URL
 app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
-    "isolation_level": "AUTOCOMMIT",  # models.py says BEGIN itself where several statements belong together.
+    "isolation_level": "AUTOCOMMIT",  # database.py says BEGIN where statements belong together.
     "pool_size": 4,  # More would wait for each other in Python. Of two workers: 8; some databases let 15 in.
     "max_overflow": 0,
     "pool_timeout": 3,
-    "pool_reset_on_return": None,  # `transaction` in models.py gives none back that is not over.
+    "pool_reset_on_return": None,  # `transaction` in database.py gives none back that is not over.
     "connect_args": {"timeout": 15}
     if DATABASE_URL.startswith("sqlite")
     else {
@@ -576,18 +575,17 @@ class PathTicker(NoOptions):
     ticker: Ticker
 
 
-class Filters(NoOptions):
+class RunOption(NoOptions):
+    run: int = Field(None, ge=1, lt=2**31, description="The run of the account; without it, the current one")
+
+
+class Filters(RunOption):
     """Which trades to show."""
 
     ticker: Ticker = None
     action: Action = None
     since: Moment = Field(None, description="The earliest time to show, inclusive")
     until: Moment = Field(None, description="The time before which to show, exclusive")
-    run: int = Field(None, ge=1, lt=2**31, description="The run of the account; without it, the current one")
-
-
-class RunOption(NoOptions):
-    run: int = Field(None, ge=1, lt=2**31, description="The run; without it, the current one")
 
 
 class Page(Filters):
@@ -815,7 +813,11 @@ def rules():
             "commission_min": COSTS.commission_min,
             "slippage_bps": COSTS.slippage_bps,
         },
-        "limits": {"order": ORDER_LIMIT, "account": ACCOUNT_LIMIT, "body_bytes": 64 * 1024},
+        "limits": {
+            "order": ORDER_LIMIT,
+            "account": ACCOUNT_LIMIT,
+            "body_bytes": app.config["MAX_CONTENT_LENGTH"],
+        },
         "scales": {"quantity": 8, "price": 8, "total_amount": 8, "percent": 2},
         "starting_cash": STARTING_CASH,
         "price_sources": PRICE_SOURCES,
@@ -927,7 +929,7 @@ def unpin_price(ticker: str):
 def pinned(ticker: str, price: Decimal | None):
     ticker = checked(PathTicker, {"ticker": ticker}).ticker
     if ticker not in market.closes:
-        raise Refused("unknown_ticker", f"There is no ticker {ticker} here.", ticker=ticker)
+        raise no_such_ticker(ticker)
     with Account.locked(g.user_id, g.key_hash) as (account, _, _):
         account.pin(ticker, price)
         controls = account.controls()

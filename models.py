@@ -1,8 +1,8 @@
 """The ledger: who has an account, what is in it, and every trade that was ever booked.
 
 Read `Order` first (what a bot asks for), then `Account` (what may happen to its money: `locked`, `fill`,
-`record`), then `Trade` (what remains of it for ever). How statements reach the database, `send` and what
-follows it, may be left for last. Nothing here knows of HTTP or of where prices come from.
+`record`), then `Trade` (what remains of it for ever). How statements reach the database is in
+`database.py`. Nothing here knows of HTTP or of where prices come from.
 
 The books obey one equation for each run of each account, to the last digit, always:
 
@@ -10,30 +10,24 @@ The books obey one equation for each run of each account, to the last digit, alw
 """
 
 import hashlib
-import os
 import re
 import secrets
-import socket
-import sqlite3
-import time
-from collections import defaultdict, namedtuple
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal, DefaultContext, setcontext
-from functools import cache, lru_cache
-from threading import Lock, Thread
+from functools import lru_cache
 from typing import Annotated, Literal
-from weakref import WeakValueDictionary
 
-import psycopg2.extensions
 import sqlalchemy as sa
-from flask_sqlalchemy import SQLAlchemy
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, bindparam
-from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Mapped, mapped_column
+
+from database import EXACT, SNAPSHOT, UtcDateTime, commit, connected, db, send, transaction, turn
 
 # -------------------------------------------------------------------------------------------- Units
 
@@ -107,46 +101,6 @@ def moment_from(text: str) -> datetime:
         raise ValueError("must be a year from 1 to 9999") from error
 
 
-class ScaledInteger(sa.types.TypeDecorator):
-    """A decimal as an integer of 10^-8.
-
-    SQLite has no exact decimal: its NUMERIC is a float, and 12345678901.12345678 comes back as ...695.
-    """
-
-    impl = BigInteger
-    cache_ok = True
-
-    def process_bind_param(self, value, dialect):
-        return None if value is None else int(value.scaleb(8))
-
-    def process_literal_param(self, value, dialect):
-        return str(self.process_bind_param(value, dialect))
-
-    def process_result_value(self, value, dialect):
-        return None if value is None else Decimal(value).scaleb(-8)
-
-
-EXACT = sa.Numeric(20, 8).with_variant(ScaledInteger(), "sqlite")
-"""A decimal with 8 digits behind the point."""
-
-
-class UtcDateTime(sa.types.TypeDecorator):
-    """A moment in UTC. SQLite keeps no time zone, so one is taken off there and put back on."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value, dialect):
-        if value is None or dialect.name != "sqlite":
-            return value
-        return value.astimezone(UTC).replace(tzinfo=None)
-
-    def process_result_value(self, value, dialect):
-        if value is None:
-            return None
-        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
-
-
 Amount = Annotated[Decimal, mapped_column(EXACT)]
 """Dollars, with 8 decimals."""
 
@@ -162,266 +116,10 @@ Id = Annotated[int, mapped_column(BigInteger().with_variant(sa.Integer, "sqlite"
 UserId = Annotated[int, mapped_column(ForeignKey("ibkr_users.id"))]
 
 
-class Base(DeclarativeBase):
-    """Names every constraint, so that a migration can drop one again."""
-
-    metadata = sa.MetaData(
-        naming_convention={
-            "pk": "pk_%(table_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-        }
-    )
-
-
-db = SQLAlchemy(model_class=Base, disable_autonaming=True)
-
-
 def within(name: str, low: Decimal | int, high: Decimal) -> CheckConstraint:
     """A CHECK that `low` <= the column `name` < `high`. The upper bound also keeps NaN out."""
     column = sa.column(name, EXACT)
     return CheckConstraint(sa.and_(column >= Decimal(low), column < high), name=name)
-
-
-@sa.event.listens_for(sa.Engine, "connect")
-def prepare_connection(dbapi_connection, _):
-    """SQLite: WAL lets readers read while one writes; FULL has a trade on disk before it is acknowledged."""
-    if not isinstance(dbapi_connection, sqlite3.Connection):
-        start_watching(os.getpid())
-    else:
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-            dbapi_connection.execute(f"PRAGMA {pragma}")
-
-
-ANSWER_SECONDS = 6
-"""How long PostgreSQL may be silent: longer than its own time limits, below."""
-
-
-class Watched(psycopg2.extensions.cursor):
-    """A cursor that does not wait for PostgreSQL for ever.
-
-    A server that hangs keeps its connections open, and libpq has no limit for an answer. So one thread looks
-    after all cursors that wait, and closes the connection of those that have waited too long. Psycopg's wait
-    callback would need no thread, but takes Python's lock five times for each answer, where others want it.
-    """
-
-    waiting: dict["Watched", float] = {}
-
-    def execute(self, *statement):
-        self.waiting[self] = time.monotonic() + ANSWER_SECONDS
-        try:
-            return super().execute(*statement)
-        finally:
-            del self.waiting[self]
-
-
-@cache
-def start_watching(process: int) -> None:
-    """Once a process: a thread does not survive a fork."""
-
-    def watch():
-        while True:
-            time.sleep(0.5)
-            for cursor, deadline in list(Watched.waiting.items()):
-                if deadline < time.monotonic():
-                    with suppress(psycopg2.Error, OSError):  # It has its answer after all.
-                        socket.socket(fileno=os.dup(cursor.connection.fileno())).shutdown(socket.SHUT_RDWR)
-
-    Thread(target=watch, daemon=True).start()
-
-
-READ_ONLY, NO_SUCH_NAME, NAME_IS_TAKEN, PLAN_IS_OLD = "25006", "26000", "42P05", "0A000"
-
-
-@sa.event.listens_for(sa.Engine, "handle_error")
-def leave_the_connection(context):
-    """Have the next try connect anew where this one met a standby, which takes no writes, or something that
-    we had not prepared: a pooler has lent us another connection, or a migration has changed a table."""
-    code = getattr(context.original_exception, "pgcode", None)
-    if code in (NO_SUCH_NAME, NAME_IS_TAKEN):
-        Prepared.is_possible = False
-    if code in (READ_ONLY, NO_SUCH_NAME, NAME_IS_TAKEN, PLAN_IS_OLD):
-        context.is_disconnect = True
-
-
-def connected() -> sa.Connection:
-    """A connection for single statements, each of which is a transaction by itself."""
-    return db.engine.connect()
-
-
-def send(connection: sa.Connection, *statements, **values) -> list[tuple]:
-    """Execute `statements` one after the other with these `values`; answers the last one's rows.
-
-    They are plain text, or those at the end of this file. PostgreSQL gets all of them in one message: on a
-    busy account it is the messages to and fro that the next trade waits for.
-    """
-    script = [written(statement, connection.dialect) for statement in statements]
-    cursor = connection.connection.cursor()
-    try:
-        if connection.dialect.name == "sqlite":
-            for statement in script:
-                cursor.execute(statement.sql, statement.bound(values))
-        elif Prepared.is_possible:
-            prepare(connection, script)
-            cursor.execute("; ".join([statement.call for statement in script]), values)
-        else:
-            cursor.execute("; ".join([statement.sql for statement in script]), values)
-        return script[-1].rows(cursor.fetchall()) if cursor.description else []
-    except connection.dialect.dbapi.Error as error:
-        # SQLAlchemy judges it as if it had sent this itself. A private name, but its version is pinned.
-        connection._handle_dbapi_exception(error, None, None, cursor, None)
-
-
-@cache
-def written(statement, dialect: sa.Dialect) -> "Prepared | Converted":
-    """`statement` in the words of one database; to write it takes longer than the database's answer."""
-    return (Converted if dialect.name == "sqlite" else Prepared)(statement, dialect)
-
-
-class Prepared:
-    """A statement that PostgreSQL is told of once a connection, by PREPARE, and that is then called by name.
-
-    PostgreSQL plans each text that it gets anew, which is most of its work on a trade; what was prepared it
-    has planned. A pooler that lends another connection for each transaction makes that impossible: there the
-    name may be unknown, or taken already. When that is seen, all is sent as text from then on.
-    """
-
-    is_possible = True
-
-    def __init__(self, statement, dialect: sa.Dialect):
-        if isinstance(statement, str):  # Such as BEGIN, which has no plan.
-            self.sql, self.prepare, self.call = statement, None, statement
-            return
-        self.sql = str(statement.compile(dialect=dialect))
-        numbered = statement.compile(dialect=type(dialect)(paramstyle="numeric_dollar"))
-        name = "s" + hashlib.sha256(self.sql.encode()).hexdigest()[:16]
-        self.prepare = f"PREPARE {name} AS {numbered}"
-        self.call = f"EXECUTE {name}({', '.join(f'%({value})s' for value in numbered.positiontup)})"
-        self.row = namedtuple("Row", statement.exported_columns.keys())
-
-    def rows(self, rows: list) -> list[tuple]:
-        return list(map(self.row._make, rows))
-
-
-def prepare(connection: sa.Connection, script: list[Prepared]) -> None:
-    """PREPARE those statements that this connection has not sent before."""
-    known = connection.info.setdefault("prepared", {None})
-    new = {statement.prepare for statement in script} - known
-    if new:
-        connection.exec_driver_sql("; ".join(new))
-        known |= new
-
-
-class Converted:
-    """A statement for SQLite, which has no exact decimals and no time zones: the types above convert them."""
-
-    def __init__(self, statement, dialect: sa.Dialect):
-        if isinstance(statement, str):
-            self.sql, self.writers = statement, {}
-            return
-        compiled = statement.compile(dialect=type(dialect)(paramstyle="named"))
-        columns = statement.exported_columns
-        self.sql = str(compiled)
-        self.row = namedtuple("Row", columns.keys())
-        kinds = {name: bind.type.dialect_impl(dialect) for name, bind in compiled.binds.items()}
-        self.writers = {name: kind.bind_processor(dialect) or as_it_is for name, kind in kinds.items()}
-        kinds = [column.type.dialect_impl(dialect) for column in columns]
-        self.readers = [kind.result_processor(dialect, None) or as_it_is for kind in kinds]
-
-    def bound(self, values: dict) -> dict:
-        return {name: write(values[name]) for name, write in self.writers.items()}
-
-    def rows(self, rows: list) -> list[tuple]:
-        return [self.row(*(read(v) for read, v in zip(self.readers, row, strict=True))) for row in rows]
-
-
-def as_it_is(value):
-    return value
-
-
-LIMITS = "SET LOCAL lock_timeout = '3s'; SET LOCAL statement_timeout = '5s'"
-"""How long PostgreSQL tries. Said in each transaction: a pooler lends its connections out for one at a time,
-refuses what is asked on connecting, and forgets what was set in the transaction before."""
-
-BEGIN = {"postgresql": f"BEGIN; {LIMITS}", "sqlite": "BEGIN IMMEDIATE"}
-"""How a transaction that may write begins. SQLite knows no row locks: this takes the whole database's lock
-at once, for of two that begin without it, and want to write later, one must fail."""
-
-SNAPSHOT = {"postgresql": f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {LIMITS}", "sqlite": "BEGIN"}
-"""How one begins that reads several times and sees the same moment each time."""
-
-
-class OutcomeUnknown(Exception):
-    """The connection was lost while COMMIT was under way: it may have happened, or not."""
-
-
-@contextmanager
-def transaction(*first, begin=BEGIN, **values):
-    """All statements of the block happen when it ends, or, on any exception, not one.
-
-    Yields the connection, and the rows of the last of the `first` statements, which are sent along with
-    the BEGIN. The engine is in AUTOCOMMIT, so that single statements need none of this.
-    """
-    with db.engine.connect() as connection:
-        try:
-            rows = send(connection, begin[connection.dialect.name], *first, **values)
-            yield connection, rows
-            if is_open(connection):
-                commit(connection)
-        except BaseException:
-            roll_back(connection)
-            raise
-
-
-def is_open(connection: sa.Connection) -> bool:
-    """Whether the transaction still waits for its COMMIT, as the driver knows it."""
-    driver = connection.connection.dbapi_connection
-    if connection.dialect.name == "sqlite":
-        return driver.in_transaction
-    return driver.get_transaction_status() != psycopg2.extensions.TRANSACTION_STATUS_IDLE
-
-
-def commit(connection: sa.Connection, *last, **values) -> list[tuple]:
-    """Send the `last` statements of the transaction with its COMMIT; what is read may come after it."""
-    try:
-        return send(connection, *(last or ["COMMIT"]), **values)
-    except DBAPIError as error:
-        if error.connection_invalidated:
-            raise OutcomeUnknown from error
-        raise
-
-
-def roll_back(connection: sa.Connection) -> None:
-    """Undo what the transaction has done. A connection that cannot is closed, which undoes it as well."""
-    if not connection.invalidated:
-        try:
-            connection.exec_driver_sql("ROLLBACK")
-        except DBAPIError:
-            connection.invalidate()
-
-
-TURN_SECONDS = 5
-"""Nobody waits longer for the trades before his own."""
-
-turns = WeakValueDictionary()
-
-
-@contextmanager
-def turn(user_id: int):
-    """Wait until the requests of this process that came first are done with the account.
-
-    They would wait for its lock in the database just the same, but each with a connection in its hand
-    that others need. SQLite has one lock for all accounts: there everybody is in one queue.
-    """
-    lock = turns.setdefault(user_id if db.engine.dialect.name == "postgresql" else None, Lock())
-    if not lock.acquire(timeout=TURN_SECONDS):
-        raise sa.exc.TimeoutError("Too many requests wait for this.")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 # ------------------------------------------------------------------------------------------- Orders
@@ -625,14 +323,15 @@ class User(db.Model):
             if not connection.execute(sa.update(cls).where(is_open).values(values)).rowcount:
                 raise Refused("not_found", f"There is no open account with the id {user_id}.")
 
-    def to_dict(self) -> dict:
-        """Works on a row of `all`."""
+    @staticmethod
+    def to_dict(user: sa.Row) -> dict:
+        """What the admin sees of a row of `all`."""
         return {
-            "user_id": self.id,
-            "email": self.email,
-            "created_at": iso(self.created_at),
-            "closed_at": iso(self.closed_at),
-            "cash_balance": self.cash_balance,
+            "user_id": user.id,
+            "email": user.email,
+            "created_at": iso(user.created_at),
+            "closed_at": iso(user.closed_at),
+            "cash_balance": user.cash_balance,
         }
 
 
@@ -669,19 +368,20 @@ class Holding(db.Model):
 
     __table_args__ = (within("quantity", UNIT, ACCOUNT_LIMIT), within("cost_basis", 0, ACCOUNT_LIMIT))
 
-    def to_dict(self, quote: "Quote | None") -> dict:
+    @staticmethod
+    def to_dict(holding: tuple, quote: "Quote | None") -> dict:
         """A row valued at `quote`, in dollars; `None` where that needs a price and there is none."""
-        value = quote and value_of(self.quantity, quote.price)
-        profit = quote and value - self.cost_basis
+        value = quote and value_of(holding.quantity, quote.price)
+        profit = quote and value - holding.cost_basis
         return {
-            "ticker": self.ticker,
-            "quantity": self.quantity,
-            "average_price": rounded(self.cost_basis / self.quantity),
-            "cost_basis": self.cost_basis,
+            "ticker": holding.ticker,
+            "quantity": holding.quantity,
+            "average_price": rounded(holding.cost_basis / holding.quantity),
+            "cost_basis": holding.cost_basis,
             "current_price": quote and quote.price,
             "market_value": value,
             "unrealized_pnl": profit,
-            "unrealized_pnl_percent": quote and percent(profit, self.cost_basis),
+            "unrealized_pnl_percent": quote and percent(profit, holding.cost_basis),
             "price_timestamp": quote and iso(quote.timestamp),
         }
 
@@ -729,13 +429,14 @@ class Trade(db.Model):
         {"sqlite_autoincrement": True},
     )
 
-    def is_for(self, order: Order) -> bool:
+    @staticmethod
+    def is_for(trade: tuple, order: Order) -> bool:
         """Whether a trade came of `order`: the same in meaning, whatever its bytes were."""
-        limit = self.price if self.order_type == "limit" else None
+        limit = trade.price if trade.order_type == "limit" else None
         return (order.ticker, order.action, order.quantity, order.price) == (
-            self.ticker,
-            self.trade_type,
-            self.quantity,
+            trade.ticker,
+            trade.trade_type,
+            trade.quantity,
             limit,
         )
 
@@ -792,28 +493,30 @@ class Trade(db.Model):
         "price_source",
     )
 
-    def to_csv(self) -> list[str]:
+    @staticmethod
+    def to_csv(trade: sa.Row) -> list[str]:
         """The trade as a line of CSV, its numbers with the same digits as in JSON."""
-        trade = Trade.to_dict(self)
-        return [plain(v) if isinstance(v, Decimal) else v for v in map(trade.get, Trade.CSV_COLUMNS)]
+        shown = Trade.to_dict(trade)
+        return [plain(v) if isinstance(v, Decimal) else v for v in map(shown.get, Trade.CSV_COLUMNS)]
 
-    def to_dict(self) -> dict:
+    @staticmethod
+    def to_dict(trade: "sa.Row | Fill") -> dict:
         """What a bot sees of the trade, which is a row of the table or a `Fill`."""
         return {
-            "id": self.id and str(self.id),
-            "user_id": self.user_id,
-            "ticker": self.ticker,
-            "trade_type": self.trade_type,
-            "quantity": self.quantity,
-            "price": self.price,
-            "total_amount": self.total_amount,
-            "commission": self.commission,
-            "realized_pnl": self.realized_pnl,
-            "cash_balance": self.cash_after,
-            "market_price": self.market_price,
-            "price_source": self.price_source,
-            "timestamp": iso(self.created_at),
-            "run": self.run,
+            "id": trade.id and str(trade.id),
+            "user_id": trade.user_id,
+            "ticker": trade.ticker,
+            "trade_type": trade.trade_type,
+            "quantity": trade.quantity,
+            "price": trade.price,
+            "total_amount": trade.total_amount,
+            "commission": trade.commission,
+            "realized_pnl": trade.realized_pnl,
+            "cash_balance": trade.cash_after,
+            "market_price": trade.market_price,
+            "price_source": trade.price_source,
+            "timestamp": iso(trade.created_at),
+            "run": trade.run,
         }
 
 
@@ -862,8 +565,9 @@ class Pin(db.Model):
     @classmethod
     def of(cls, user_id: int) -> Sequence[sa.Row]:
         """Every pin that the user has set or let go, the oldest first."""
+        pins = sa.select(cls.ticker, cls.price, cls.created_at).where(cls.user_id == user_id)
         with connected() as connection:
-            return send(connection, SELECT_PINS, user_id=user_id)
+            return connection.execute(pins.order_by(cls.id)).all()
 
 
 @dataclass(frozen=True)
@@ -1187,16 +891,17 @@ class Account:
         Yields the account, its position in `ticker`, and the trade that it booked under the idempotency
         key `key`, or None. The account's row is locked first and all is read after that, so whoever
         comes second waits and then sees what the first one did; a join in the locking statement would
-        still see the holding as it was before the wait. Leaving the block commits; an exception on the
-        way undoes it all. `Refused` if the account's API key is no longer the one with this hash.
+        still see the holding as it was before the wait. Leaving the block commits, unless `record` has; an
+        exception on the way undoes it all. `Refused` if the account's API key is no longer the one with
+        this hash.
         """
         own = {"user_id": user_id, "key_hash": key_hash, "ticker": ticker, "key": key}
         with turn(user_id), transaction(LOCK_ACCOUNT, LOCKED_ACCOUNT, **own) as (connection, rows):
             if not rows:
                 raise unauthorized()
             row = rows[0]
-            cash = row.cash_balance, row.starting_cash
-            account = cls(user_id, row.run, *cash, row.market_clock, row.pin_changes, connection)
+            market = row.market_clock, row.pin_changes
+            account = cls(user_id, row.run, row.cash_balance, row.starting_cash, *market, connection)
             position = Position(row.quantity, row.cost_basis) if row.quantity else Position()
             yield account, position, row.earlier and send(connection, TRADE_WITH_KEY, **own)[0]
 
@@ -1211,7 +916,8 @@ class Account:
         if not rows:
             raise unauthorized()
         own, *holdings = rows
-        return cls(user_id, own.run, *own[1:3], own.market_clock, own.pin_changes), holdings
+        cash, starting_cash = own.quantity, own.cost_basis
+        return cls(user_id, own.run, cash, starting_cash, own.market_clock, own.pin_changes), holdings
 
     def portfolio(self, holdings: Sequence, quotes: dict[str, Quote]) -> dict:
         """The account valued at `quotes`: dollars, profit and loss, and percentages of the cost.
@@ -1243,17 +949,14 @@ class Account:
         if not position.quantity:
             write_holding = DELETE_HOLDING
         elif fill.trade_type == "buy" and position.quantity == fill.quantity:
-            write_holding = INSERT_HOLDING
+            write_holding = INSERT_HOLDING  # There was none before.
         else:
             write_holding = UPDATE_HOLDING
         fill.id = commit(
             self.connection,
-            *(UPDATE_CASH, write_holding, INSERT_TRADE, "COMMIT", TRADE_ID),
+            *(UPDATE_CASH, write_holding, INSERT_TRADE),
+            then=[TRADE_ID],
             **vars(fill),
-            owner=self.user_id,
-            of=fill.ticker,
-            now=fill.created_at,
-            cash=self.cash_balance,
             held=position.quantity,
             cost_basis=position.cost_basis,
         )[0].id
@@ -1354,7 +1057,7 @@ class Books:
                 compare(f"Trade {row.id}: realized_pnl", row.realized_pnl, fill.realized_pnl)
                 compare(f"Trade {row.id}: cash_after", row.cash_after, account.cash_balance)
             compare(f"Run {number}: cash_balance", run.cash_balance, account.cash_balance)
-        booked = {holding.ticker: holding for holding in self.holdings}
+        booked = {holding.ticker: holding for holding in self.holdings}  # And `held` is the current run's.
         for ticker in sorted(booked.keys() | held.keys()):
             for name in ("quantity", "cost_basis"):
                 pair = (getattr(side.get(ticker, Position()), name) for side in (booked, held))
@@ -1433,11 +1136,6 @@ USER_WITH_KEY = (
     .join(User, User.id == Balance.user_id)
     .where(HAS_THE_KEY)
 )
-SELECT_PINS = (
-    sa.select(Pin.ticker, Pin.price, Pin.created_at)
-    .where(Pin.user_id == bindparam("user_id"))
-    .order_by(Pin.id)
-)
 TRADE_COLUMNS = Trade.__table__.columns.keys()
 LOCK_ACCOUNT = sa.select(Balance.user_id).where(Balance.user_id == bindparam("user_id")).with_for_update()
 LOCKED_ACCOUNT = (
@@ -1475,26 +1173,20 @@ ACCOUNT_WITH_HOLDINGS = sa.union_all(
 TRADE_WITH_KEY = sa.select(Trade.__table__).where(
     Trade.user_id == bindparam("user_id"), Trade.idempotency_key == bindparam("key")
 )
+OWN_HOLDING = (Holding.user_id == bindparam("user_id")) & (Holding.ticker == bindparam("ticker"))
 UPDATE_CASH = (
     sa.update(Balance)
-    .where(Balance.user_id == bindparam("owner"))
-    .values(cash_balance=bindparam("cash"), updated_at=bindparam("now"))
+    .where(Balance.user_id == bindparam("user_id"))
+    .values(cash_balance=bindparam("cash_after"), updated_at=bindparam("created_at"))
 )
-INSERT_HOLDING = sa.insert(Holding).values(
-    user_id=bindparam("owner"),
-    ticker=bindparam("of"),
-    updated_at=bindparam("now"),
-    quantity=bindparam("held"),
-    cost_basis=bindparam("cost_basis"),
-)
-UPDATE_HOLDING = (
-    sa.update(Holding)
-    .where(Holding.user_id == bindparam("owner"), Holding.ticker == bindparam("of"))
-    .values(quantity=bindparam("held"), cost_basis=bindparam("cost_basis"), updated_at=bindparam("now"))
-)
-DELETE_HOLDING = sa.delete(Holding).where(
-    Holding.user_id == bindparam("owner"), Holding.ticker == bindparam("of")
-)
+HELD = {
+    "quantity": bindparam("held"),
+    "cost_basis": bindparam("cost_basis"),
+    "updated_at": bindparam("created_at"),
+}
+INSERT_HOLDING = sa.insert(Holding).values(user_id=bindparam("user_id"), ticker=bindparam("ticker"), **HELD)
+UPDATE_HOLDING = sa.update(Holding).where(OWN_HOLDING).values(HELD)
+DELETE_HOLDING = sa.delete(Holding).where(OWN_HOLDING)
 LATEST_NUMBER = sa.select(sa.func.max(PublishedQuote.number)).where(
     PublishedQuote.ticker == bindparam("ticker")
 )

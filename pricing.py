@@ -1,9 +1,9 @@
 """What the market asks: live prices from Yahoo Finance and Alpha Vantage, or the recorded sample.
 
-Both kinds of market answer `quote(ticker)` with a `Quote`, or raise `Refused` with `unknown_ticker` (a
-source said that there is no such thing) or `price_unavailable` (nobody answered). The two are never
-mixed up: a bot gives up on the first and tries again on the second. Read `LiveMarket` first, then the
-sources that it asks, then `SampleMarket`.
+Both kinds of market answer `quote(ticker, controls)` with a `Quote`, or raise `Refused` with
+`unknown_ticker` (a source said that there is no such thing) or `price_unavailable` (nobody answered). The
+two are never mixed up: a bot gives up on the first and tries again on the second. Read `LiveMarket` first,
+then the sources that it asks, then `SampleMarket`.
 """
 
 import csv
@@ -503,9 +503,6 @@ BAR_SECONDS = 60
 """The sample market moves on by one recorded bar a minute, and begins again after the last."""
 
 
-WALL_CLOCK = Controls()
-
-
 class SampleMarket:
     """Recorded prices, as a pure function of the clock: every process and restart agrees on them.
 
@@ -552,19 +549,21 @@ class SampleMarket:
         """The bar that comes `count` bars after `bar`, or the last one."""
         return self.bars[min(bisect_right(self.bars, bar) - 1 + count, len(self.bars) - 1)]
 
-    def time(self, controls: Controls = WALL_CLOCK, moment: datetime | None = None) -> datetime:
+    def time(self, controls: Controls) -> datetime:
         """The market's time: the account's stopped clock, or the bar that the wall clock shows."""
-        minute = int((moment or now()).timestamp()) // BAR_SECONDS
-        return controls.clock or self.bars[minute % len(self.bars)]
+        return controls.clock or self.bar_shown(now())
 
-    def quote(self, ticker: str, controls: Controls = WALL_CLOCK) -> Quote:
+    def bar_shown(self, moment: datetime) -> datetime:
+        return self.bars[int(moment.timestamp()) // BAR_SECONDS % len(self.bars)]
+
+    def quote(self, ticker: str, controls: Controls) -> Quote:
         """The price of `ticker` in dollars at the account's clock, or what the account pinned it at."""
         quotes = self.quotes([ticker], controls)
         if not quotes:
             raise no_such_ticker(ticker)
         return quotes[ticker]
 
-    def quotes(self, tickers: list[str], controls: Controls = WALL_CLOCK) -> dict[str, Quote]:
+    def quotes(self, tickers: list[str], controls: Controls) -> dict[str, Quote]:
         """The quotes of those `tickers` that there are, all of the same moment."""
         minute, clock, pin = now().replace(second=0, microsecond=0), controls.clock, controls.pins.get
         quotes = {ticker: self.quote_at(ticker, minute, clock, pin(ticker)) for ticker in tickers}
@@ -578,7 +577,7 @@ class SampleMarket:
 
         Asked for a thousand holdings in each portfolio, so it is remembered. It depends on nothing else.
         """
-        market_time = clock or self.time(moment=minute)
+        market_time = clock or self.bar_shown(minute)
         price = pin or self.price(ticker, market_time)
         return price and Quote(
             ticker=ticker,

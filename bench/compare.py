@@ -104,15 +104,13 @@ def statements(driver: str) -> list[str]:
 
 def values(user, ticker: str, key: str, scale=1) -> dict:
     """What those statements carry when `user` buys half a share. SQLite's amounts have a `scale` of 10^8."""
-    who = dict.fromkeys(("user_id", "owner"), user)
-    what = dict.fromkeys(("ticker", "of"), ticker) | dict.fromkeys(("key", "idempotency_key"), key)
+    who = {"user_id": user, "ticker": ticker} | dict.fromkeys(("key", "idempotency_key"), key)
     kind = {"run": 1, "trade_type": "buy", "order_type": "limit", "price_source": "sample"}
     prices = dict.fromkeys(("price", "market_price"), 100.25 * scale)
     sums = {"total_amount": 50.125 * scale, "commission": 0, "realized_pnl": None}
     holding = {"quantity": 0.5 * scale, "held": 1000.5 * scale, "cost_basis": 100300.125 * scale}
-    cash = dict.fromkeys(("cash", "cash_after"), 100199.875 * scale)
-    times = dict.fromkeys(("now", "created_at", "market_time"), "2026-01-01 12:00:00.123456")
-    return who | what | kind | prices | sums | holding | cash | times
+    times = dict.fromkeys(("created_at", "market_time"), "2026-01-01 12:00:00.123456")
+    return who | kind | prices | sums | holding | {"cash_after": 100199.875 * scale} | times
 
 
 SQLITE_STATEMENTS = [s.replace("BEGIN", "BEGIN IMMEDIATE") for s in statements("sqlite")]
@@ -229,7 +227,7 @@ def pgbench(postgres: PostgresServer, database: str, task: tuple, seconds: float
         n: "NULL" if v is None else f"'{v}'" if isinstance(v, str) else str(v) for n, v in given.items()
     }
     literals["key_hash"] = "encode(sha256('bench-key-:user'), 'hex')"
-    literals["user_id"] = literals["owner"] = ":user"
+    literals["user_id"] = ":user"
     lines = [f"\\set user random({first}, {first + users - 1})", f"\\set n random(10, {HOLDINGS})"]
     lines += [f"\\set {name} random(1, 1000000000)" for name in "ab"]
     for statement in statements("postgresql+psycopg2"):

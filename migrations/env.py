@@ -3,7 +3,7 @@
 from alembic import context
 from flask import current_app
 
-from models import transaction
+from database import transaction
 
 db = current_app.extensions["migrate"].db
 

@@ -198,10 +198,10 @@ def test_a_key_ends_when_the_trade_under_way_is_over(server, alice, database, en
 def test_a_turn_that_does_not_come_is_waited_for_once(server, alice, monkeypatch):
     with in_process(alice) as (program, ask):
         assert ask("GET", "/api/v1/portfolio").status_code == 200  # It is known by now.
-        models = sys.modules["models"]
-        monkeypatch.setattr(models, "TURN_SECONDS", 1)
+        database = sys.modules["database"]
+        monkeypatch.setattr(database, "TURN_SECONDS", 1)
         order = {"ticker": "AAPL", "action": "buy", "quantity": 1}
-        with program["app"].app_context(), models.turn(alice.user_id):
+        with program["app"].app_context(), database.turn(alice.user_id):
             started = time.monotonic()
             answer = ask("POST", "/api/v1/trade", json=order)
             assert (answer.status_code, "database_unavailable" in answer.text) == (503, True)
