@@ -202,12 +202,7 @@ class Simulator(Flask):
         deadline = time.monotonic() + self.SECONDS
         for attempt in range(1, self.TRIES + 1):
             try:
-                try:
-                    admit(may_trust=attempt == 1)
-                    return super().dispatch_request()
-                except (Refused, HTTPException):
-                    look_up_if_on_trust()  # Whoever hears a "no" has a key.
-                    raise
+                return self.answer(may_trust=attempt == 1)
             except (DBAPIError, sa.exc.TimeoutError, QuoteExpired, OutcomeUnknown, Refused) as error:
                 unknown = unknown or (isinstance(error, OutcomeUnknown) and error)
                 late = time.monotonic() > deadline and not isinstance(error, QuoteExpired)
@@ -218,6 +213,14 @@ class Simulator(Flask):
                     raise
             if attempt > 1:
                 time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
+
+    def answer(self, may_trust: bool):
+        try:
+            admit(may_trust)
+            return super().dispatch_request()
+        except (Refused, HTTPException):
+            look_up_if_on_trust()
+            raise
 
 
 def is_passing(error: Exception) -> bool:
