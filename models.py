@@ -13,7 +13,7 @@ import hashlib
 import re
 import secrets
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -308,19 +308,20 @@ class User(db.Model):
     def rotate_key(cls, user_id: int) -> str:
         """Give the user a new API key and answer it; the old one is refused from now on."""
         api_key = secrets.token_hex(32)
-        cls.change(user_id, api_key_hash=cls.hash(api_key))
+        cls.change(user_id, lambda: {"api_key_hash": cls.hash(api_key)})
         return api_key
 
     @classmethod
     def close(cls, user_id: int) -> None:
         """Close the account: its key is refused from now on, its trades stay."""
-        cls.change(user_id, closed_at=now())
+        cls.change(user_id, lambda: {"closed_at": now()})
 
     @classmethod
-    def change(cls, user_id: int, **values) -> None:
-        with transaction(LOCK_ACCOUNT, user_id=user_id) as (connection, _):  # No trade is under way then.
+    def change(cls, user_id: int, values: Callable[[], dict]) -> None:
+        """Write the `values` of the moment at which no trade of the user is under way."""
+        with turn(user_id), transaction(LOCK_ACCOUNT, user_id=user_id) as (connection, _):
             is_open = (cls.id == user_id) & cls.closed_at.is_(None)
-            if not connection.execute(sa.update(cls).where(is_open).values(values)).rowcount:
+            if not connection.execute(sa.update(cls).where(is_open).values(values())).rowcount:
                 raise Refused("not_found", f"There is no open account with the id {user_id}.")
 
     @staticmethod
@@ -574,17 +575,12 @@ class Pin(db.Model):
 class Controls:
     """How an account has set its sample market. The default is the wall clock and no pins.
 
-    `changes` counts the rows in `ibkr_pins`: a trade compares it to see whether a pin has moved.
+    `changes` counts the rows in `ibkr_pins`: whether a pin has moved is seen without reading them.
     """
 
     clock: datetime | None = None
     changes: int = 0
     pins: dict[str, Decimal] = field(default_factory=dict)
-
-    def must_be_in_force(self, account: "Account") -> None:
-        """`QuoteExpired` if `account` has been set otherwise since: it has other quotes now."""
-        if (self.clock, self.changes) != (account.market_clock, account.pin_changes):
-            raise QuoteExpired
 
 
 @dataclass(frozen=True)
@@ -984,8 +980,10 @@ class Account:
         )
         self.change(pin_changes=self.pin_changes + 1)
 
-    def controls(self) -> Controls:
-        """How the account's sample market is set now, within the transaction that sets it."""
+    def controls(self, known: Controls | None = None) -> Controls:
+        """How the account's sample market is set: as `known`, if that is still so, else read anew."""
+        if known and (known.clock, known.changes) == (self.market_clock, self.pin_changes):
+            return known
         return Controls(self.market_clock, self.pin_changes, Pin.in_force(self.user_id, self.connection))
 
     def change(self, **values) -> None:

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from json.encoder import encode_basestring_ascii as quoted
 from secrets import token_hex
 
-from flask import request
+from flask import g, request
 from limits import RateLimitItem, parse, parse_many
 from limits.storage import storage_from_string
 
@@ -184,24 +184,23 @@ class Counter:
 
     def count(self, who: str, limit: RateLimitItem) -> None:
         """Count this request, once however often it is tried, and refuse it when that is over the limit."""
-        if rate_headers.get():
-            return
         most, seconds = limit.amount, limit.get_expiry()
-        window, past = divmod(int(time.time()), seconds)
-        used, rest = self.add(f"{who} in {window}", seconds), seconds - past
-        rate_headers.set(
-            [
-                ("RateLimit-Limit", str(most)),
-                ("RateLimit-Remaining", str(max(most - used, 0))),
-                ("RateLimit-Reset", str(rest)),
-            ]
-        )
-        if used > most:
+        if g.get("counted_for") != who:
+            window, past = divmod(int(time.time()), seconds)
+            g.counted_for, g.used, g.rest = who, self.add(f"{who} in {window}", seconds), seconds - past
+            rate_headers.set(
+                [
+                    ("RateLimit-Limit", str(most)),
+                    ("RateLimit-Remaining", str(max(most - g.used, 0))),
+                    ("RateLimit-Reset", str(g.rest)),
+                ]
+            )
+        if g.used > most:
             raise Refused(
                 "rate_limited",
-                f"{most} requests in {seconds} seconds are the limit; go on in {rest}.",
+                f"{most} requests in {seconds} seconds are the limit; go on in {g.rest}.",
                 rate_limit=most,
-                retry_after=rest,
+                retry_after=g.rest,
             )
 
     def add(self, name: str, seconds: int) -> int:

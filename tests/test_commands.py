@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import requests
-from conftest import ROOT, Server, Trader, environment, flask, loaded
+from conftest import ADMIN, ROOT, Server, Trader, environment, flask, loaded
 
 
 def user(database, *arguments):
@@ -118,6 +118,23 @@ def test_a_key_that_has_ended_opens_nothing_though_every_process_knew_it(server,
         assert ask("GET", "portfolio") == 401
     own = {"user_id": dave.user_id}
     assert database.run("SELECT count(*) FROM ibkr_trades WHERE user_id = :user_id", **own) == [(20,)]
+
+
+def test_a_key_that_ended_and_was_given_to_another_account_opens_that_one(server):
+    """Though a process may have let the first owner in with it."""
+    admin = {"Authorization": f"Bearer {ADMIN}"}
+    first, users = server.trader(name="first"), f"{server.url}/api/v1/users"
+    own = {"Authorization": f"Bearer {first.key}", "Connection": "close"}
+
+    def whose() -> list[int]:
+        asked = [requests.get(f"{server.url}/api/v1/portfolio", headers=own, timeout=9) for _ in range(8)]
+        return [answer.json()["user_id"] for answer in asked]
+
+    assert whose() == [first.user_id] * 8
+    assert requests.post(f"{users}/{first.user_id}/rotate-key", headers=admin, timeout=9).status_code == 200
+    second = {"email": f"second-{first.email}", "key": first.key}
+    opened = requests.post(users, json=second, headers=admin, timeout=9).json()
+    assert whose() == [opened["user_id"]] * 8
 
 
 def test_the_audit_command_finds_nothing_on_honest_books(alice, database):

@@ -287,8 +287,10 @@ def test_a_connection_cut_at_commit_ends_in_the_truth(broken, carol, failure, ke
     response = carol.order("buy", 2, "AAPL", key=key)
     assert broken.proxy.fail_at_commit is None
     assert response.status_code == 200, response.text
+    assert "Idempotent-Replayed" not in response.headers
     (trade,) = carol.trades
     assert trade == exact(response)
+    assert f" trade {trade['id']}: user {carol.user_id} buy 2 AAPL " in broken.server.log()
     assert carol.cash == 99800
     assert carol.audit()["ok"]
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import time
 from decimal import Decimal
 
@@ -104,12 +105,52 @@ def test_a_portfolio_is_answered_though_pins_change_all_the_time(server, alice, 
         assert [ask("GET", "/api/v1/portfolio").status_code for _ in range(3)] == [200] * 3
 
 
+def lose_connection():
+    """What SQLAlchemy raises when the database has hung up."""
+    raise OperationalError("", {}, Exception("gone"), connection_invalidated=True)
+
+
+def once_after(first, method):
+    """`method`, but for the first call, which does `first()` instead."""
+    calls = iter([first])
+    return lambda *arguments, **options: next(calls, lambda: method(*arguments, **options))()
+
+
+def test_a_trade_is_booked_though_pins_change_all_the_time(alice, monkeypatch):
+    with in_process(alice) as (program, ask):
+        locked, prices = program["Account"].locked, iter(range(1, 99))
+
+        def pinned_just_before(*arguments):
+            alice.sees("IBM", at=next(prices))
+            return locked(*arguments)
+
+        monkeypatch.setattr(program["Account"], "locked", pinned_just_before)
+        monkeypatch.setattr(random, "uniform", lambda low, high: pytest.fail("It pauses."))
+        order = {"ticker": "IBM", "action": "buy", "quantity": 1}
+        booked = [json.loads(ask("POST", "/api/v1/trade", json=order).text) for _ in range(3)]
+    assert [trade["price"] for trade in booked] == [1, 2, 3]
+
+
+def test_an_audit_whose_connection_is_lost_at_its_end_is_asked_for_again(alice, monkeypatch):
+    with in_process(alice) as (program, ask):
+        database = sys.modules["database"]
+
+        def lose():
+            raise program["OutcomeUnknown"]
+
+        monkeypatch.setattr(database, "commit", once_after(lose, database.commit))
+        assert ask("GET", "/api/v1/account/audit").status_code == 200
+
+
 def test_a_drill_that_takes_time_happens_once(server, alice, monkeypatch):
     stop_clock(alice, "2012-06-01T00:00:00Z")
     with in_process(alice) as (program, ask):
         slept, sleep = [], time.sleep
         ask("GET", "/api/v1/portfolio")
         advance(alice)  # In another process: this one knows her clock as it was.
+        monkeypatch.setattr(
+            program["Account"], "locked", once_after(lose_connection, program["Account"].locked)
+        )
         monkeypatch.setattr(time, "sleep", lambda seconds: (slept.append(seconds), sleep(seconds)))
         order = {"ticker": "AAPL", "action": "buy", "quantity": 1}
         drill = {"X-Simulate-Fault": "latency=7"}
@@ -117,26 +158,12 @@ def test_a_drill_that_takes_time_happens_once(server, alice, monkeypatch):
         assert slept.count(0.007) == 1
 
 
-class LostConnection(OperationalError):
-    """What SQLAlchemy raises when the database has hung up."""
-
-    def __init__(self):
-        super().__init__("", {}, Exception("gone"), connection_invalidated=True)
-
-
 def test_a_clock_whose_answer_met_a_lost_connection_has_moved_once(server, alice, monkeypatch):
     stop_clock(alice, "2012-06-01T00:00:00Z")
     with in_process(alice) as (program, ask):
-        in_force, lost = program["Pin"].in_force, [LostConnection()]
-
-        def in_force_but_once(*arguments):
-            if lost:
-                raise lost.pop()
-            return in_force(*arguments)
-
-        monkeypatch.setattr(program["Pin"], "in_force", in_force_but_once)
+        monkeypatch.setattr(program["Pin"], "in_force", once_after(lose_connection, program["Pin"].in_force))
         moved = json.loads(ask("POST", "/api/v1/market/advance").text)
-        assert (moved["now"], lost) == ("2012-06-04T00:00:00Z", [])
+        assert moved["now"] == "2012-06-04T00:00:00Z"
     assert alice.get("/api/v1/market")["now"] == "2012-06-04T00:00:00Z"
 
 
@@ -156,21 +183,16 @@ class BreaksOff:
 def test_a_body_that_broke_off_is_never_an_order(alice, monkeypatch):
     with in_process(alice) as (program, ask):
         ask("GET", "/api/v1/portfolio")  # Now the key is looked up just before a refusal. That fails once.
-        with_key, lost = program["User"].with_key, [LostConnection()]
-
-        def with_key_but_once(key_hash):
-            if lost:
-                raise lost.pop()
-            return with_key(key_hash)
-
-        monkeypatch.setattr(program["User"], "with_key", with_key_but_once)
+        monkeypatch.setattr(
+            program["User"], "with_key", once_after(lose_connection, program["User"].with_key)
+        )
         answer = ask(
             "POST",
             "/api/v1/trade",
             headers={"Content-Type": "application/json", "Transfer-Encoding": "chunked"},
             environ_overrides={"wsgi.input": BreaksOff(), "wsgi.input_terminated": True},
         )
-        assert (answer.status_code, lost) == (400, [])
+        assert answer.status_code == 400
     assert alice.trades == []
 
 

@@ -201,11 +201,22 @@ def test_who_has_a_key_that_has_ended_does_not_use_up_what_its_owner_may_ask(lim
 @on_one_database
 def test_who_has_a_key_that_has_ended_hears_so_and_nothing_of_its_owners_limit(limited):
     frank = limited.trader(name="frank")
-    while frank.order("buy", 1, "AAPL").status_code != 429:
-        pass
+    assert 429 in (frank.order("buy", 1, "AAPL").status_code for _ in range(30))
     url = f"{limited.url}/api/v1/users/{frank.user_id}"
     assert requests.delete(url, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=9).status_code == 200
     assert [frank.order("buy", 1, "AAPL").status_code for _ in range(3)] == [401] * 3
+
+
+@on_one_database
+def test_who_asks_too_often_is_refused_whatever_has_changed_meanwhile(limited):
+    gina = limited.trader(name="gina")
+    asked = (gina.ask("GET", "/api/v1/portfolio") for _ in range(30))
+    time.sleep(next(rate(answer)[2] for answer in asked if answer.status_code == 429))
+    for _ in range(9):
+        assert gina.order("sell", 1, "AAPL").status_code == 409
+    moved = gina.ask("PUT", "/api/v1/market/clock", json={"at": "2012-06-01T00:00:00Z"})
+    assert (moved.status_code, rate(moved)[1]) == (200, 0)
+    assert gina.order("buy", 1, "AAPL").status_code == 429
 
 
 @on_one_database

@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from decimal import Decimal
 from threading import Barrier
 
@@ -190,9 +191,13 @@ def test_a_key_ends_when_the_trade_under_way_is_over(server, alice, database, en
         ended = pool.submit(requests.request, method, url, headers=admin, timeout=30)
         time.sleep(0.5)
         assert not ended.done()
+        over = datetime.now(UTC)
         trade.rollback()
         assert ended.result().status_code == 200
     assert alice.ask("GET", "/api/v1/balance").status_code == 401
+    (closed,) = database.run("SELECT closed_at FROM ibkr_users WHERE id = :id", id=alice.user_id)
+    if method == "DELETE":
+        assert datetime.fromisoformat(str(closed[0])).replace(tzinfo=UTC) >= over
 
 
 def test_a_turn_that_does_not_come_is_waited_for_once(server, alice, monkeypatch):
