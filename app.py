@@ -192,11 +192,11 @@ class Simulator(Flask):
     def dispatch_request(self):
         """Answer the request, from the top again after a lost race or a lost connection.
 
-        Every route is one transaction at the most, and reads nothing after it, so to repeat it whole is
-        safe; a trade looks its idempotency key up first, under the lock, and so finds out what became of a
-        COMMIT whose answer was lost. A client does not wait for ever: six tries, the second at once, and no
-        further one after three seconds, except for a trade that had to wait for its lock so long that its
-        price ran out.
+        Every route writes in one transaction at the most, and does nothing after it that can fail, so to
+        repeat it whole is safe; a trade looks its idempotency key up first, under the lock, and so finds out
+        what became of a COMMIT whose answer was lost. A client does not wait for ever: six tries, the second
+        at once, and no further one after three seconds, except for a trade that had to wait for its lock so
+        long that its price ran out.
         """
         unknown = None
         deadline = time.monotonic() + self.SECONDS
@@ -215,6 +215,7 @@ class Simulator(Flask):
                 time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
 
     def answer(self, may_trust: bool):
+        """Try once. A "no" to one who was let in on trust is said only when the key was looked up."""
         try:
             admit(may_trust)
             return super().dispatch_request()
@@ -228,7 +229,8 @@ def is_passing(error: Exception) -> bool:
     if isinstance(error, Refused | sa.exc.TimeoutError):
         return False
     if isinstance(error, OutcomeUnknown):
-        return request.method == "GET" or request.endpoint == "trade"  # Which looks its key up first.
+        # A trade looks its key up first; nothing else that writes has one.
+        return request.method in ("GET", "HEAD") or request.endpoint == "trade"
     if isinstance(error, QuoteExpired):
         return True
     serialization_failure, deadlock, lock_timeout = "40001", "40P01", "55P03"

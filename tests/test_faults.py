@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from conftest import ROOT, Database, Server, Trader, environment, exact, flask
+from conftest import ADMIN, ROOT, Database, Server, Trader, environment, exact, flask
 from postgres import PostgresServer
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
@@ -388,6 +388,24 @@ def test_a_crowd_that_waits_for_one_account_keeps_no_connection_from_the_others(
         elsewhere.rollback()
         assert {order.result().status_code for order in crowd} == {200}
     assert carol.audit() == {"ok": True, "trades": 15, "differences": []}
+
+
+@pytest.mark.alone
+def test_admins_who_wait_for_one_account_leave_the_others_their_connections(broken, carol):
+    bob = broken.server.trader(name="bob")
+    url = f"{broken.server.url}/api/v1/users/{carol.user_id}/rotate-key"
+    admin = {"Authorization": f"Bearer {ADMIN}"}
+    with broken.database.engine.connect() as elsewhere, ThreadPoolExecutor(12) as pool:
+        lock = text("SELECT * FROM ibkr_balances WHERE user_id = :id FOR UPDATE")
+        elsewhere.execute(lock, {"id": carol.user_id})
+        waiting = [pool.submit(requests.post, url, headers=admin, timeout=30) for _ in range(12)]
+        time.sleep(0.5)
+        for _ in range(5):
+            answer = bob.ask("GET", "/api/v1/portfolio")
+            assert (answer.status_code, answer.elapsed.total_seconds() < 1) == (200, True)
+        assert not any(rotation.done() for rotation in waiting)
+        elsewhere.rollback()
+        assert {rotation.result().status_code for rotation in waiting} == {200}
 
 
 def test_a_database_that_takes_no_writes_is_unavailable_not_a_fault_of_ours(broken, carol):

@@ -93,15 +93,21 @@ def test_a_trade_after_the_clock_moved_is_not_kept_waiting(server, alice, monkey
             advance(alice)
 
 
+def pinning_before_each(trader, method):
+    """`method`, and before each call the trader pins IBM at another price, from 1 on, in another process."""
+    prices = iter(range(1, 99))
+
+    def pinned_and_called(*arguments):
+        trader.sees("IBM", at=next(prices))
+        return method(*arguments)
+
+    return pinned_and_called
+
+
 def test_a_portfolio_is_answered_though_pins_change_all_the_time(server, alice, monkeypatch):
     with in_process(alice) as (program, ask):
-        with_holdings, prices = program["Account"].with_holdings, iter(range(1, 99))
-
-        def pinned_just_before(*arguments):
-            alice.sees("IBM", at=next(prices))
-            return with_holdings(*arguments)
-
-        monkeypatch.setattr(program["Account"], "with_holdings", pinned_just_before)
+        always = pinning_before_each(alice, program["Account"].with_holdings)
+        monkeypatch.setattr(program["Account"], "with_holdings", always)
         assert [ask("GET", "/api/v1/portfolio").status_code for _ in range(3)] == [200] * 3
 
 
@@ -118,20 +124,16 @@ def once_after(first, method):
 
 def test_a_trade_is_booked_though_pins_change_all_the_time(alice, monkeypatch):
     with in_process(alice) as (program, ask):
-        locked, prices = program["Account"].locked, iter(range(1, 99))
-
-        def pinned_just_before(*arguments):
-            alice.sees("IBM", at=next(prices))
-            return locked(*arguments)
-
-        monkeypatch.setattr(program["Account"], "locked", pinned_just_before)
+        always = pinning_before_each(alice, program["Account"].locked)
+        monkeypatch.setattr(program["Account"], "locked", always)
         monkeypatch.setattr(random, "uniform", lambda low, high: pytest.fail("It pauses."))
         order = {"ticker": "IBM", "action": "buy", "quantity": 1}
         booked = [json.loads(ask("POST", "/api/v1/trade", json=order).text) for _ in range(3)]
     assert [trade["price"] for trade in booked] == [1, 2, 3]
 
 
-def test_an_audit_whose_connection_is_lost_at_its_end_is_asked_for_again(alice, monkeypatch):
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_an_audit_whose_connection_is_lost_at_its_end_is_asked_for_again(alice, monkeypatch, method):
     with in_process(alice) as (program, ask):
         database = sys.modules["database"]
 
@@ -139,7 +141,7 @@ def test_an_audit_whose_connection_is_lost_at_its_end_is_asked_for_again(alice, 
             raise program["OutcomeUnknown"]
 
         monkeypatch.setattr(database, "commit", once_after(lose, database.commit))
-        assert ask("GET", "/api/v1/account/audit").status_code == 200
+        assert ask(method, "/api/v1/account/audit").status_code == 200
 
 
 def test_a_drill_that_takes_time_happens_once(server, alice, monkeypatch):
