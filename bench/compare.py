@@ -2,17 +2,18 @@
 
     apt-get install wrk
     .venv/bin/pip install -r requirements-dev.txt -r bench/requirements.txt
-    .venv/bin/python bench/compare.py [--quick]
+    .venv/bin/python bench/compare.py [--quick] [--rounds N] [--beside FOLDER] [--only app,beside]
 
 A PostgreSQL of its own, a copy of the same books for each contender: this app under gunicorn (the Procfile's
-command) and under granian, the FastAPI twin (`twin.py`), and pgbench with the very statements of a trade,
-which is what PostgreSQL itself can do. wrk loads one after the other, in rounds; medians are compared.
-Only the ratios mean something: server, database and load share the machine's processors.
+command) and under granian, the FastAPI twin (`twin.py`), and pgbench with the statements of a trade, which is
+what PostgreSQL itself can do; with --beside another checkout of this program, such as the commit before. wrk
+loads one after the other, in rounds; medians are compared. Only the ratios mean something: server, database
+and load share the machine's processors.
 """
 
 import argparse
+import hashlib
 import json
-import logging
 import os
 import re
 import sqlite3
@@ -31,24 +32,31 @@ import psutil
 import requests
 import sqlalchemy as sa
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import Server, flask  # noqa: E402
+from conftest import Server, environment  # noqa: E402
 from postgres import PostgresServer  # noqa: E402
 
-import models  # noqa: E402
-
 CLIENTS, USERS, HOLDINGS, WORKERS = 16, 1000, 20, 2
+TURNS = 2  # Of each contender in a round, one after the other: A B A B, as the machine's speed drifts.
 WIDE = {10: USERS + 1, 100: USERS + 2, 1000: USERS + 3}  # The accounts with so many holdings.
 LONG = {1_000: USERS + 4, 100_000: USERS + 5, 1_000_000: USERS + 6}  # And with so many trades.
 PRICE, QUANTITY = Decimal("100.25"), Decimal(1000)
 
 BIN = Path(sys.executable).parent
-PROCFILE = re.search("^web: gunicorn app:app (.*)$", (HERE.parent / "Procfile").read_text(), re.M)[1]
 GUNICORN = [BIN / "gunicorn", "app:app", "--bind", "127.0.0.1:PORT", "--log-level", "warning"]
+
+
+def procfile(root: Path) -> list:
+    """What the Procfile of the program in `root` says, with two workers."""
+    options = re.search("^web: gunicorn app:app (.*)$", (root / "Procfile").read_text(), re.M)[1]
+    return [*GUNICORN, *options.split(), "--workers", WORKERS]
+
+
 SERVERS = {
-    "app": [*GUNICORN, *PROCFILE.split(), "--workers", WORKERS],
+    "app": procfile(ROOT),
     "granian": [
         *(BIN / "granian", "app:app", "--interface", "wsgi", "--port", "PORT", "--log-level", "warning"),
         *("--workers", WORKERS, "--blocking-threads", 8),
@@ -66,6 +74,10 @@ def instead(program: str) -> list:
     return [*command, "--pythonpath", HERE]
 
 
+SERVERS["empty"] = instead("empty")
+ROOTS = dict.fromkeys(SERVERS, ROOT)  # Where each of them is started; `main` adds the one beside.
+CONTENDERS = ["app", "beside", "granian", "empty", "twin", "pgbench", "raw"]
+RATIOS = "app/beside app/twin granian/twin empty/twin app/pgbench app/raw empty/raw app/bare".split()
 WORKER_CLASSES = {
     "sync": ["--worker-class", "sync"],
     **{f"gthread, {n} threads": ["--worker-class", "gthread", "--threads", n] for n in (4, 8, 16)},
@@ -81,30 +93,35 @@ TASKS = {
     **{f"portfolio of {n}": ("/api/v1/portfolio", user, 1) for n, user in WIDE.items()},
 }
 
-# All that the trade route sends to the database for a buy with an idempotency key, in this order. The app
-# needs two messages for them, pgbench and the raw loop send them one by one.
+# What the database has to do for a buy with an idempotency key, in this order. Text of its own: whatever
+# words the program finds for it, the limit that it is held against stays the same.
 STATEMENTS = [
     "BEGIN",
-    models.LOCK_ACCOUNT,
-    models.LOCKED_ACCOUNT,
-    models.UPDATE_CASH,
-    models.UPDATE_HOLDING,
-    models.INSERT_TRADE,
+    "SELECT user_id FROM ibkr_balances WHERE user_id = :user_id FOR UPDATE",
+    """SELECT b.cash_balance, b.starting_cash, b.run, b.market_clock, b.pin_changes,
+        h.quantity, h.cost_basis, t.id
+    FROM ibkr_balances b JOIN ibkr_users u ON u.id = b.user_id
+    LEFT JOIN ibkr_stock_balances h ON h.user_id = b.user_id AND h.ticker = :ticker
+    LEFT JOIN ibkr_trades t ON t.user_id = b.user_id AND t.idempotency_key = :idempotency_key
+    WHERE b.user_id = :user_id AND u.api_key_hash = :key_hash AND u.closed_at IS NULL""",
+    "UPDATE ibkr_balances SET cash_balance = :cash_after, updated_at = :created_at WHERE user_id = :user_id",
+    """UPDATE ibkr_stock_balances SET quantity = :held, cost_basis = :cost_basis, updated_at = :created_at
+    WHERE user_id = :user_id AND ticker = :ticker""",
+    """INSERT INTO ibkr_trades (user_id, run, ticker, trade_type, order_type, quantity, price, total_amount,
+        commission, realized_pnl, cash_after, market_price, price_source, idempotency_key, market_time,
+        created_at)
+    VALUES (:user_id, :run, :ticker, :trade_type, :order_type, :quantity, :price, :total_amount,
+        :commission, :realized_pnl, :cash_after, :market_price, :price_source, :idempotency_key, :market_time,
+        :created_at)""",
     "COMMIT",
-    models.TRADE_ID,
+    "SELECT id FROM ibkr_trades WHERE user_id = :user_id AND idempotency_key = :idempotency_key",
 ]
-
-
-def statements(driver: str) -> list[str]:
-    """`STATEMENTS` in SQL, with `:name` for each value."""
-    dialect = sa.make_url(f"{driver}://").get_dialect()(paramstyle="named")
-    compiled = (s if isinstance(s, str) else str(s.compile(dialect=dialect)) for s in STATEMENTS)
-    return [" ".join(statement.split()) for statement in compiled]
+SQLITE_STATEMENTS = [s.replace("BEGIN", "BEGIN IMMEDIATE").removesuffix("FOR UPDATE") for s in STATEMENTS]
 
 
 def values(user, ticker: str, key: str, scale=1) -> dict:
     """What those statements carry when `user` buys half a share. SQLite's amounts have a `scale` of 10^8."""
-    who = {"user_id": user, "ticker": ticker} | dict.fromkeys(("key", "idempotency_key"), key)
+    who = {"user_id": user, "ticker": ticker, "idempotency_key": key}
     kind = {"run": 1, "trade_type": "buy", "order_type": "limit", "price_source": "sample"}
     prices = dict.fromkeys(("price", "market_price"), 100.25 * scale)
     sums = {"total_amount": 50.125 * scale, "commission": 0, "realized_pnl": None}
@@ -113,41 +130,49 @@ def values(user, ticker: str, key: str, scale=1) -> dict:
     return who | kind | prices | sums | holding | {"cash_after": 100199.875 * scale} | times
 
 
-SQLITE_STATEMENTS = [s.replace("BEGIN", "BEGIN IMMEDIATE") for s in statements("sqlite")]
-KEY_HASHES = [models.User.hash(f"bench-key-{user}") for user in range(USERS + 1)]
+KEY_HASHES = [
+    hashlib.sha256(f"bench-key-{user}".encode()).hexdigest() for user in range(max(LONG.values()) + 1)
+]
 
 
 # --------------------------------------------------------------------------------------- The books
 
 
-def seed(url: str) -> None:
-    """Accounts 1 to 1,000 with 20 holdings each, the wide ones, and those for long histories."""
-    at = datetime.now(UTC)
-    cost = PRICE * QUANTITY
+def flask(root: Path, *arguments: str, **settings) -> str:
+    """What `flask --app app ARGUMENTS` of the program in `root` printed."""
+    command = [BIN / "flask", "--app", "app", *arguments]
+    return finished(command, 600, root, **environment(**settings))
+
+
+def books(url: str, root: Path = ROOT) -> None:
+    """Tables as the program in `root` makes them, with accounts 1 to 1,000 with 20 holdings each, the wide
+    ones, and those for long histories."""
+    flask(root, "db", "upgrade", DATABASE_URL=url)
+    engine, at = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg2:")), datetime.now(UTC)
+    amounts = PRICE, QUANTITY, PRICE * QUANTITY
+    if engine.dialect.name == "sqlite":
+        amounts = (int(amount * 10**8) for amount in amounts)
+    price, quantity, cost = amounts
     users, accounts, holdings, trades = [], [], [], []
-    for user in range(1, max(LONG.values()) + 1):
+    for user in range(1, len(KEY_HASHES)):
         held = HOLDINGS if user <= USERS else next((n for n, u in WIDE.items() if u == user), 0)
         start = cost * (held + 1)
         email = f"user-{user}@example.com"
-        key_hash = models.User.hash(f"bench-key-{user}")
-        users.append({"id": user, "email": email, "api_key_hash": key_hash, "created_at": at})
+        users.append({"id": user, "email": email, "api_key_hash": KEY_HASHES[user], "created_at": at})
         own = {"user_id": user, "run": 1}
         accounts.append(own | {"cash_balance": cost, "starting_cash": start, "updated_at": at})
         for n in range(1, held + 1):
-            holding = {"user_id": user, "ticker": f"T{n:04}", "quantity": QUANTITY}
+            holding = {"user_id": user, "ticker": f"T{n:04}", "quantity": quantity}
             holdings.append(holding | {"cost_basis": cost, "updated_at": at})
-            order = {"trade_type": "buy", "order_type": "limit", "price": PRICE, "total_amount": cost}
-            market = {"market_price": PRICE, "price_source": "sample", "market_time": at, "created_at": at}
-            rest = {"commission": Decimal(0), "realized_pnl": None, "cash_after": start - n * cost}
+            order = {"trade_type": "buy", "order_type": "limit", "price": price, "total_amount": cost}
+            market = {"market_price": price, "price_source": "sample", "market_time": at, "created_at": at}
+            rest = {"commission": 0, "realized_pnl": None, "cash_after": start - n * cost}
             trades.append(own | holding | order | market | rest | {"idempotency_key": f"seed {n}"})
-    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
+    rows = {"users": users, "balances": accounts, "stock_balances": holdings, "trades": trades}
     with engine.begin() as connection:
-        for table, rows in zip(
-            (models.User, models.Balance, models.Holding, models.Trade),
-            (users, accounts, holdings, trades),
-            strict=True,
-        ):
-            connection.execute(sa.insert(table), rows)
+        for name, of_table in rows.items():
+            table = sa.Table(f"ibkr_{name}", sa.MetaData(), autoload_with=connection, resolve_fks=False)
+            connection.execute(sa.insert(table), of_table)
     engine.dispose()
 
 
@@ -165,9 +190,7 @@ def lengthen(url: str, user: int, trades: int) -> int:
             FROM generate_series(1, %(trades)s) n""",
             {"user": user, "trades": trades},
         )
-        oldest = connection.scalar(
-            sa.select(sa.func.min(models.Trade.id)).where(models.Trade.user_id == user)
-        )
+        oldest = connection.scalar(sa.text(f"SELECT min(id) FROM ibkr_trades WHERE user_id = {user}"))
     engine.dispose()
     return oldest
 
@@ -175,18 +198,20 @@ def lengthen(url: str, user: int, trades: int) -> int:
 # ------------------------------------------------------------------------------------- The contenders
 
 
-def serving(command: list, url: str, folder: Path, **settings) -> Server:
-    """A server that is not started yet; PORT in its command becomes its port."""
+def serving(command: list, url: str, folder: Path, root: Path = ROOT, **settings) -> Server:
+    """A server of the program in `root` that is not started yet; PORT in its command becomes its port."""
     server = Server(url, **{"SAMPLE_MARKET": folder / "market.csv"} | settings)
     server.command = [str(word).replace("PORT", str(server.port)) for word in command]
+    server.folder = root
     return server
 
 
-def finished(command: list, seconds: int, **environment) -> str:
+def finished(command: list, seconds: int, folder: Path | None = None, **variables) -> str:
     """What `command` printed, which may take `seconds` and then some."""
     done = subprocess.run(
         list(map(str, command)),
-        env=os.environ | {name: str(value) for name, value in environment.items()},
+        cwd=folder,
+        env=os.environ | {name: str(value) for name, value in variables.items()},
         capture_output=True,
         text=True,
         timeout=seconds + 60,
@@ -230,7 +255,7 @@ def pgbench(postgres: PostgresServer, database: str, task: tuple, seconds: float
     literals["user_id"] = ":user"
     lines = [f"\\set user random({first}, {first + users - 1})", f"\\set n random(10, {HOLDINGS})"]
     lines += [f"\\set {name} random(1, 1000000000)" for name in "ab"]
-    for statement in statements("postgresql+psycopg2"):
+    for statement in STATEMENTS:
         lines.append(re.sub(":([a-z_]+)", lambda name: literals[name[1]], statement) + ";")
     script = folder / "trade.sql"
     script.write_text("\n".join(lines))
@@ -266,17 +291,27 @@ def raw_sqlite(path: str, seconds: float) -> float:
 # ------------------------------------------------------------------------------------ What is measured
 
 
-def rounds(title: str, contenders: dict, tasks: dict, count: int, seconds: float) -> dict:
-    """Medians of `count` interleaved rounds: contender -> task -> answers a second."""
+def rounds(title: str, contenders: dict, tasks: dict, count: int, seconds: float) -> None:
+    """Load the contenders in `count` interleaved rounds; print the medians of what each of them reached, and
+    of the ratios of what two reached side by side."""
     rates = {name: {task: [] for task in tasks} for name in contenders}
     for number in range(count + 1):
         print(f"{title}: round {number} of {count}" if number else f"{title}: warming up", flush=True)
         for task in tasks:
-            for name in list(contenders)[:: -1 if number % 2 else 1]:
+            for name in list(contenders)[:: -1 if number % 2 else 1] * (TURNS if number else 1):
                 rate = contenders[name](tasks[task], seconds if number else 1)
                 if number and rate:
                     rates[name][task].append(rate)
-    return {n: {t: statistics.median(r) for t, r in of.items() if r} for n, of in rates.items()}
+    ratios = [pair for pair in RATIOS if set(pair.split("/")) <= rates.keys()]
+    rows = [[title, *rates, *ratios]]
+    for task in tasks:
+        found = {name: of[task] for name, of in rates.items()}
+        for pair in ratios:
+            one, other = (found[name] for name in pair.split("/"))
+            # Side by side: the same turn of the same round. None, where one of them was not loaded.
+            found[pair] = [a / b for a, b in zip(one, other, strict=False)]
+        rows.append([task, *(statistics.median(each) if each else "" for each in found.values())])
+    table(rows)
 
 
 def table(rows: list[list]) -> None:
@@ -336,94 +371,105 @@ def paging(url: str, server: Server, lengths: list[int]) -> list[list]:
     return rows
 
 
-def compare(postgres: PostgresServer, folder: Path, count: int, seconds: float) -> None:
-    base = postgres.create_database("app")
-    assert flask("db", "upgrade", DATABASE_URL=base).returncode == 0
-    seed(base)
-    for name in ("twin", "pgbench"):
+def compare(postgres: PostgresServer, folder: Path, names: list[str], count: int, seconds: float) -> None:
+    books(postgres.create_database("app"))
+    if "beside" in names:
+        books(postgres.create_database("beside"), ROOTS["beside"])
+    for name in {"twin", "pgbench"} & set(names):
         finished([postgres.binary("createdb"), "-T", "app", "--maintenance-db", postgres.url(), name], 60)
-    urls = {"app": base, "granian": base, "twin": postgres.url("twin")}
+    urls = {n: postgres.url(n if n in ("beside", "twin") else "app") for n in names}
     with ExitStack() as running:
-        servers = {n: running.enter_context(serving(SERVERS[n], urls[n], folder)) for n in SERVERS}
-        contenders = {name: partial(wrk, server) for name, server in servers.items()}
-        empty = running.enter_context(serving(instead("empty"), base, folder))
-        contenders["empty"] = lambda task, seconds: (
-            wrk(empty, task, seconds) if task == TASKS["price from the cache"] else None
-        )
-        contenders["pgbench"] = lambda task, seconds: (
-            pgbench(postgres, "pgbench", task, seconds, folder) if task[0] == "TRADE" else None
-        )
-        rates = rounds("PostgreSQL", contenders, TASKS, count, seconds)
-    names = ["app", "granian", "empty", "twin", "pgbench"]
-    rows = [["a second", *names, "app/twin", "granian/twin", "empty/twin", "app/pgbench"]]
-    for task in TASKS:
-        app, granian, empty, twin, limit = found = [rates[name].get(task, "") for name in names]
-        ratios = app / twin, granian / twin, empty and empty / twin, limit and app / limit
-        rows.append([task, *found, *ratios])
-    table(rows)
-    for name in ("app", "twin"):
-        audit = flask("audit", DATABASE_URL=urls[name], PRICE_SOURCES="sample").stdout.splitlines()[-1]
-        print(f"The books of the {name} after that: {audit}")
+        servers = {
+            name: running.enter_context(serving(SERVERS[name], urls[name], folder, ROOTS[name]))
+            for name in names
+            if name in SERVERS
+        }
+        some = {
+            "empty": lambda task, seconds: (
+                wrk(servers["empty"], task, seconds) if task == TASKS["price from the cache"] else None
+            ),
+            "pgbench": lambda task, seconds: (
+                pgbench(postgres, "pgbench", task, seconds, folder) if task[0] == "TRADE" else None
+            ),
+        }
+        contenders = {n: some.get(n) or partial(wrk, servers[n]) for n in names if n != "raw"}
+        rounds("PostgreSQL, a second", contenders, TASKS, count, seconds)
+    for name in [name for name in ("app", "beside", "twin") if name in names]:
+        audit = flask(ROOTS[name], "audit", DATABASE_URL=urls[name], PRICE_SOURCES="sample")
+        print(f"The books of the {name} after that: {audit.splitlines()[-1]}")
+
+
+def sqlite(folder: Path, names: list[str], count: int, seconds: float) -> None:
+    files = {n: f"{folder}/{n}.db" for n in names if n in ("app", "beside", "empty", "raw")}
     with ExitStack() as running:
-        commands = {"app": SERVERS["app"], "bare": instead("bare")}
-        servers = {n: running.enter_context(serving(c, base, folder)) for n, c in commands.items()}
-        contenders = {n: partial(processor_time, server) for n, server in servers.items()}
-        used = rounds("Features that nobody uses", contenders, {"trade": MANY}, 11, seconds)
-    app, bare = used["app"]["trade"], used["bare"]["trade"]
-    rows = [["processor time, us", "app", "without its features", "ratio"], ["trade", app, bare, app / bare]]
-    table(rows)
+        contenders = {}
+        for name, file in files.items():
+            url, root = f"sqlite:///{file}", ROOTS.get(name, ROOT)
+            books(url, root)
+            if name in SERVERS:
+                server = running.enter_context(serving(SERVERS[name], url, folder, root, RAW=file))
+                contenders[name] = partial(wrk, server)
+            else:
+                contenders[name] = lambda _, seconds: raw_sqlite(files["raw"], seconds)
+        rounds("SQLite, a second", contenders, {"trade": MANY}, count, seconds)
+
+
+def worker_classes(url: str, folder: Path, count: int, seconds: float) -> None:
     with ExitStack() as running:
         options = WORKER_CLASSES.items()
         commands = {n: [*GUNICORN, "--workers", WORKERS, "--no-control-socket", *o] for n, o in options}
-        servers = {n: running.enter_context(serving(c, base, folder)) for n, c in commands.items()}
+        servers = {n: running.enter_context(serving(c, url, folder)) for n, c in commands.items()}
         some = {task: TASKS[task] for task in list(TASKS)[:4]}
-        rates = rounds("gunicorn", {n: partial(wrk, s) for n, s in servers.items()}, some, count, seconds)
-    table([["gunicorn, a second", *some], *([name, *of.values()] for name, of in rates.items())])
+        contenders = {n: partial(wrk, server) for n, server in servers.items()}
+        rounds("gunicorn, a second", contenders, some, count, seconds)
 
 
-def sqlite(folder: Path, count: int, seconds: float) -> None:
-    urls = {name: f"sqlite:///{folder}/{name}.db" for name in ("app", "empty", "raw")}
-    for url in urls.values():
-        assert flask("db", "upgrade", DATABASE_URL=url).returncode == 0
-        seed(url)
-    empty = serving(instead("empty"), urls["empty"], folder, RAW=f"{folder}/empty.db")
-    with serving(SERVERS["app"], urls["app"], folder) as app, empty:
-        contenders = {
-            "app": partial(wrk, app),
-            "empty": partial(wrk, empty),
-            "raw": lambda _, seconds: raw_sqlite(f"{folder}/raw.db", seconds),
-        }
-        rates = rounds("SQLite", contenders, {"trade": MANY}, count, seconds)
-    app, empty, raw = (rates[name]["trade"] for name in contenders)
-    rows = [["SQLite, a second", "app", "empty", "raw sqlite3 loop", "app/raw", "empty/raw"]]
-    table([*rows, ["trade", app, empty, raw, app / raw, empty / raw]])
+def unused_features(url: str, folder: Path, seconds: float) -> None:
+    with ExitStack() as running:
+        commands = {"app": SERVERS["app"], "bare": instead("bare")}
+        servers = {n: running.enter_context(serving(c, url, folder)) for n, c in commands.items()}
+        contenders = {n: partial(processor_time, server) for n, server in servers.items()}
+        rounds("Features that nobody uses, processor time, us", contenders, {"trade": MANY}, 11, seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one short round, and no history of a million")
-    quick = parser.parse_args().quick
-    logging.disable(logging.INFO)  # The migrations would tell of each step.
-    count, seconds = (1, 2) if quick else (3, 4)
+    parser.add_argument("--rounds", type=int, help="how many rounds (default: 3, or 1 with --quick)")
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="another checkout of this program")
+    parser.add_argument("--only", help=f"load these of {','.join(CONTENDERS)}, and measure nothing else")
+    options = parser.parse_args()
+    if options.beside:
+        ROOTS["beside"] = options.beside.resolve()
+        SERVERS["beside"] = procfile(ROOTS["beside"])
+    there = [name for name in CONTENDERS if name != "beside" or options.beside]
+    chosen = options.only.split(",") if options.only else there
+    if not set(chosen) <= set(there):
+        parser.error(f"--only takes some of {','.join(there)}")
+    names = [name for name in there if name in chosen]
+    seconds, count = (1, options.rounds or 1) if options.quick else (2, options.rounds or 3)
     with tempfile.TemporaryDirectory(prefix="broker-bench-") as folder:
         folder = Path(folder)
         folder.chmod(0o755)  # PostgreSQL may have to run as another user.
         lines = [f"2020-01-01T00:00:00Z,T{n:04},{PRICE}" for n in range(1, max(WIDE) + 1)]
         (folder / "market.csv").write_text("\n".join(["timestamp,ticker,price", *lines]))
         with PostgresServer(folder / "postgres", settings={"max_connections": "300"}) as postgres:
-            compare(postgres, folder, count, seconds)
-            sqlite(folder, count, seconds)
+            compare(postgres, folder, names, count, seconds)
+            sqlite(folder, names, count, seconds)
+            if options.only:
+                return
             url = postgres.url("app")
+            worker_classes(url, folder, count, seconds)
             gunicorn = serving(SERVERS["app"], url, folder)
             python = serving([sys.executable, "app.py"], url, folder)
             rows = [["first answer", "seconds"], ["gunicorn", first_answer(gunicorn)]]
             table([*rows, ["python app.py", first_answer(python)]])
             live = f"sqlite:///{folder}/live.db"
-            assert flask("db", "upgrade", DATABASE_URL=live).returncode == 0
-            seed(live)
+            books(live)
             table(memory(folder, live))
             with serving(SERVERS["app"], url, folder) as app:
-                table(paging(url, app, list(LONG)[: 2 if quick else 3]))
+                table(paging(url, app, list(LONG)[: 2 if options.quick else 3]))
+            unused_features(url, folder, seconds)
 
 
 if __name__ == "__main__":
