@@ -1,0 +1,514 @@
+"""Recorded prices are read as people have them, or refused with the file, the line and the reason."""
+
+import random
+import sys
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import recorded
+from recorded import BadFile, Bar
+
+DAY = datetime(2024, 3, 7, tzinfo=UTC)
+DAYS = [DAY, DAY + timedelta(days=1)]
+LONG = "timestamp,ticker,price\n"
+ROW = "2024-03-07,ABC,1.5\n"
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads a file that has this content, and may have this name."""
+
+    def read(content: str | bytes, name: str = "market.csv"):
+        file = tmp_path / name
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return recorded.read(file)
+
+    return read
+
+
+def closes(market) -> dict:
+    return {ticker: [float(bar.close) for bar in bars] for ticker, bars in market.items()}
+
+
+def times(market, ticker="ABC") -> list[datetime]:
+    return [bar.timestamp for bar in market[ticker]]
+
+
+def bar(moment, *numbers) -> Bar:
+    return Bar(moment, *map(Decimal, numbers))
+
+
+# ------------------------------------------------------------------------------------------ Layouts
+
+ABC_BARS = [bar(DAYS[0], "1", "3", "0.5", "2", "100"), bar(DAYS[1], "2", "4", "1.5", "3", "0")]
+
+BARS_WITH = {
+    "a ticker column": """
+        date,ticker,open,high,low,close,volume
+        2024-03-07,ABC,1,3,.5,2,100
+        2024-03-08,abc,2,4,1.5,3,""",
+    "a symbol column": """
+        Date,Symbol,Open,High,Low,Close,Volume
+        2024-03-07,ABC,1,3,.5,2,100
+        2024-03-08,ABC,2,4,1.5,3,NaN""",
+    "another order": """
+        CLOSE,volume,High,low,OPEN,TICKER,DATE
+        2,100,3,.5,1,ABC,2024-03-07
+        3,0,4,1.5,2,ABC,2024-03-08""",
+    "the ticker in the file's name": """
+        Date,Open,High,Low,Close,Volume
+        2024-03-07,1,3,.5,2,100
+        2024-03-08,2,4,1.5,3,0""",
+    "backtesting.py's unnamed dates": """
+        ,Open,High,Low,Close,Volume
+        2024-03-07,1,3,.5,2,100
+        2024-03-08,2,4,1.5,3,0""",
+    "Yahoo's other columns": """
+        Date,Open,High,Low,Adj Close,Close,Volume,Dividends,Stock Splits
+        2024-03-07,1,3,.5,1.9,2,100,0.0,0.0
+        2024-03-08,2,4,1.5,2.9,3,0,0.1,0.0""",
+    "a row counter": """
+        ,Date,Open,High,Low,Close,Volume
+        0,2024-03-07,1,3,.5,2,100
+        1,2024-03-08,2,4,1.5,3,0""",
+    "Stooq's brackets": """
+        <TICKER>,<PER>,<DATE>,<TIME>,<OPEN>,<HIGH>,<LOW>,<CLOSE>,<VOLUME>,<OPENINT>
+        ABC,D,20240307,000000,1,3,.5,2,100,0
+        ABC,D,20240308,000000,2,4,1.5,3,0,0""",
+    "Investing's price for the close": """
+        "Date","Price","Open","High","Low","Volume","Change %"
+        "2024-03-08","3","2","4","1.5","","0.1%"
+        "2024-03-07","2","1","3",".5","100","0.2%\"""",
+}
+
+
+@pytest.mark.parametrize("what", BARS_WITH)
+def test_bars_are_read_with(read, what):
+    name = "market.csv" if "ABC" in BARS_WITH[what] else "abc.csv"
+    assert read(BARS_WITH[what], name) == {"ABC": ABC_BARS}
+
+
+def test_a_price_a_row_makes_bars_without_a_range(read):
+    market = read(f"{LONG}2024-03-07T00:00:00Z,ABC,1.5\n2024-03-08T00:00:00Z,ABC,2\n")
+    assert market == {"ABC": [bar(DAYS[0], *["1.5"] * 4, 0), bar(DAYS[1], *["2"] * 4, 0)]}
+
+
+def test_a_date_and_a_price_are_of_the_ticker_that_names_the_file(read):
+    assert closes(read("Date,Close\n2024-03-07,1.5\n", "brk.b.CSV")) == {"BRK-B": [1.5]}
+    assert closes(read("price,time\n1.5,2024-03-07\n", "^GSPC.csv")) == {"^GSPC": [1.5]}
+
+
+def test_a_wide_file_has_a_column_for_each_ticker_and_may_have_gaps(read):
+    market = read("Unnamed: 0,AAPL,date,low,brk.b,Adj Close\n0,1,2024-03-07,2,NaN,7\n1,,2024-03-08,3,4,8\n")
+    assert closes(market) == {"AAPL": [1], "BRK-B": [4], "LOW": [2, 3]}
+    assert times(market, "BRK-B") == [DAYS[1]]
+
+
+def test_what_else_a_wide_file_has_is_not_taken_for_tickers(read):
+    assert closes(read("Date,Time,AAPL,Volume,Dividends\n2024-03-07,00:00,1,500,0\n")) == {"AAPL": [1]}
+
+
+def test_a_close_comes_before_a_price(read):
+    assert closes(read("date,price,close,ticker\n2024-03-07,1,2,ABC\n")) == {"ABC": [2]}
+
+
+def test_files_are_ordered_by_time_whatever_the_order_of_their_rows(read):
+    heading = "Timestamp,Ticker,Price\n"
+    market = read(f"{heading}2024-03-08,BB,4\n2024-03-07,BB,3\n2024-03-07,AA,1\n2024-03-08,AA,2\n")
+    assert list(market) == ["AA", "BB"]
+    assert closes(market) == {"AA": [1, 2], "BB": [3, 4]}
+    assert times(market, "BB") == DAYS
+
+
+def test_files_that_were_joined_repeat_their_heading(read):
+    assert closes(read(f"{LONG}2024-03-07,AA,1\n{LONG}2024-03-07,BB,2\n")) == {"AA": [1], "BB": [2]}
+
+
+def test_a_folder_is_read_whole(tmp_path):
+    (tmp_path / "AAA.csv").write_text("Date,Close\n2024-03-08,2\n2024-03-07,1\n")
+    (tmp_path / "bbb.CSV").write_text("Date;Close\n2024-03-07;3,5\n")
+    (tmp_path / "wide.csv").write_text("Date,AAA,CCC\n2024-03-06,9,8\n2024-03-07,1,7\n")
+    (tmp_path / "._AAA.csv").write_bytes(b"\0\5")  # as macOS leaves them
+    (tmp_path / "readme.txt").write_text("not a price\n")
+    (tmp_path / "old.csv").mkdir()
+    market = recorded.read(str(tmp_path))
+    assert closes(market) == {"AAA": [9, 1, 2], "BBB": [3.5], "CCC": [8, 7]}
+
+
+def test_of_two_files_with_the_same_close_the_one_that_has_bars_is_kept(tmp_path):
+    for one, other in (("a.csv", "b.csv"), ("b.csv", "a.csv")):
+        (tmp_path / one).write_text("date,ABC\n2024-03-07,2\n")
+        (tmp_path / other).write_text("date,ticker,open,high,low,close,volume\n2024-03-07,ABC,1,3,.5,2,100\n")
+        assert recorded.read(tmp_path) == {"ABC": ABC_BARS[:1]}
+
+
+# ----------------------------------------------------------------------- What pandas and yfinance write
+
+
+def yahoo_bars(zone=None, name="Date") -> pd.DataFrame:
+    """One ticker, as yfinance has it; the second bar lacks its high."""
+    index = pd.DatetimeIndex(["2024-03-07", "2024-03-08"], name=name, tz=zone)
+    columns = {"Open": [1.37000000476837, 2], "High": [3, None], "Low": [1, 1.5]}
+    return pd.DataFrame({**columns, "Close": [1.5, 2.5], "Volume": [100, 200]}, index=index)
+
+
+def downloaded(*tickers: str, group_by="column", zone=None) -> pd.DataFrame:
+    """What yfinance.download answers; it puts tickers together in the same way."""
+    table = pd.concat([yahoo_bars(zone) for _ in tickers], axis=1, keys=tickers, names=["Ticker", "Price"])
+    return table if group_by == "ticker" else table.swaplevel(0, 1, axis=1).sort_index(level=0, axis=1)
+
+
+YAHOO = [bar(DAYS[0], "1.37", "3", "1", "1.5", "100"), bar(DAYS[1], "2", "2.5", "1.5", "2.5", "200")]
+BOTH = {"AAPL": YAHOO, "BRK-B": YAHOO}
+
+
+@pytest.mark.parametrize("group_by", ["column", "ticker"])
+@pytest.mark.parametrize("tickers", [["AAPL"], ["AAPL", "BRK-B"]])
+def test_what_yfinance_downloads_is_read_whichever_way_it_is_grouped(read, group_by, tickers):
+    table = downloaded(*tickers, group_by=group_by)
+    unnamed = table.rename_axis(index=None)
+    for content in (
+        table.to_csv(),
+        unnamed.to_csv(),
+        unnamed.rename_axis(columns=[None, None]).to_csv(),
+        table.reset_index().to_csv(),
+        table.reset_index().to_csv(index=False),
+        table.to_csv(sep=";", decimal=","),
+        table.to_csv(sep="\t"),
+    ):
+        assert read(content) == {ticker: YAHOO for ticker in tickers}, content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        yahoo_bars().to_csv(),
+        yahoo_bars(name=None).to_csv(),
+        yahoo_bars(name="Datetime").rename_axis(columns="Price").to_csv(),
+        yahoo_bars().reset_index().to_csv(),
+        yahoo_bars(name=None).reset_index().to_csv(index=False),
+        yahoo_bars(name=None).reset_index().to_csv(),
+        yahoo_bars(name="Unnamed: 0").to_csv(),
+        yahoo_bars(zone="UTC").to_csv(),
+        yahoo_bars().assign(**{"Adj Close": 1, "Dividends": 0.0, "Stock Splits": 0.0}).to_csv(),
+    ],
+)
+def test_one_ticker_of_yfinance_is_read(read, content):
+    assert read(content, "AAPL.csv") == {"AAPL": YAHOO}
+
+
+def test_panels_are_read(read):
+    table = downloaded(*BOTH)
+    assert read(table.stack(level="Ticker").to_csv()) == BOTH
+    assert read(table.stack(level="Ticker").reset_index().to_csv()) == BOTH
+    assert read(pd.concat([yahoo_bars().assign(note="", Ticker=ticker) for ticker in BOTH]).to_csv()) == BOTH
+    assert closes(read(table["Close"].to_csv())) == {"AAPL": [1.5, 2.5], "BRK-B": [1.5, 2.5]}
+
+
+def test_an_index_of_new_york_is_read_as_the_moments_that_it_names(read):
+    market = read(downloaded("AAPL", zone="America/New_York").to_csv())
+    assert times(market, "AAPL") == [day + timedelta(hours=5) for day in DAYS]
+
+
+def test_an_unnamed_index_of_seconds_is_read_but_a_row_counter_is_no_time(read):
+    table = yahoo_bars(name=None)
+    table.index = [day.timestamp() for day in DAYS]
+    assert read(table.to_csv(), "AAPL.csv") == {"AAPL": YAHOO}
+    table.index = range(2)
+    with pytest.raises(BadFile, match="line 2: '0' is no time, and no column is called"):
+        read(table.to_csv(), "AAPL.csv")
+
+
+# ------------------------------------------------------------------------- Encodings, separators, gaps
+
+PLAIN = f"{LONG}2024-03-07T00:00:00Z,ABC,1.5\n2024-03-08T00:00:00Z,ABC,2.5\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        PLAIN.encode("utf-8-sig"),
+        b"\xff\xfe" + PLAIN.encode("utf-16-le"),
+        b"\xfe\xff" + PLAIN.encode("utf-16-be"),
+        PLAIN.replace("\n", "\r\n").encode("utf-16"),
+        PLAIN.replace("\n", "\r\n"),
+        PLAIN.replace("\n", "\r"),
+        PLAIN.rstrip("\n"),
+        PLAIN.replace(",", ";"),
+        PLAIN.replace(",", ";").replace(".", ","),
+        PLAIN.replace(",", "\t").replace(".", ","),
+        PLAIN.replace(",", " , ").replace("\n", " \n"),
+        "".join(f'"{line}" \n'.replace(",", '" , "') for line in PLAIN.splitlines()),
+        PLAIN.replace("\n", "\n\n  \n,,\n"),
+        PLAIN.replace("\n", ",\n"),
+        PLAIN.replace("5\n", "5,,\n"),
+        PLAIN.replace("\n", "\n,NaN,\n", 1),
+        "\n\n" + PLAIN,
+    ],
+)
+def test_a_file_is_the_same_in_each_encoding_and_with_each_separator(read, content):
+    assert closes(read(content)) == {"ABC": [1.5, 2.5]}
+    assert times(read(content)) == DAYS
+
+
+@pytest.mark.parametrize("no", ["", " ", "NaN", "nan", "null", "NULL", "None", "N/A", "NA", "#N/A", "<NA>"])
+def test_rows_without_a_price_are_passed_over(read, no):
+    assert closes(read(f"{PLAIN}2024-03-09,ABC,{no}\n")) == {"ABC": [1.5, 2.5]}
+    market = read(f"Date,Open,Close,Volume\n2024-03-07,{no},2,{no}\n2024-03-08,1,{no},7\n", "ABC.csv")
+    assert market == {"ABC": [bar(DAY, 2, 2, 2, 2, 0)]}
+
+
+def test_rows_that_end_early_and_footers_have_no_price(read):
+    assert closes(read(f"{PLAIN}2024-03-09,ABC\n2024-03-10\nFrom somewhere,,\n")) == {"ABC": [1.5, 2.5]}
+
+
+# ------------------------------------------------------------------------------- Times and numbers
+
+
+@pytest.mark.parametrize("column", ["timestamp", "TIME", "Date", "datetime"])
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("2024-03-07T00:00:00Z", DAY),
+        ("2024-03-07t00:00:00z", DAY),
+        ("2024-03-07", DAY),
+        ("2024-03-07 00:00:00", DAY),
+        ("2024-03-07T00:00", DAY),
+        ("2024-03-07 00:00:00-05:00", DAY + timedelta(hours=5)),
+        ("2024-03-07T09:30:00+0530", DAY + timedelta(hours=4)),
+        ("2024-03-07 00:00:00+00", DAY),
+        ("2024-03-07T00:00:00.250Z", DAY + timedelta(milliseconds=250)),
+        ("2024-03-07 00:00:00.123456789", DAY + timedelta(microseconds=123456)),
+        ("20240307", DAY),
+        ("1709769600", DAY),
+        ("1709769600.0", DAY),
+        ("1709769600000", DAY),
+        ("1709769600250", DAY + timedelta(milliseconds=250)),
+        ("1712010112345", datetime(2024, 4, 1, 22, 21, 52, 345000, UTC)),  # begins like a date
+        ("100000000000", datetime(1973, 3, 3, 9, 46, 40, tzinfo=UTC)),
+        ("0", datetime(1970, 1, 1, tzinfo=UTC)),
+        ("-86400", datetime(1969, 12, 31, tzinfo=UTC)),
+        ("0001-01-01", datetime(1, 1, 1, tzinfo=UTC)),
+        ("9999-12-31T23:59:59Z", datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)),
+    ],
+)
+def test_a_time_is_read_as_it_is_written(read, column, text, moment):
+    assert times(read(f"{column},ticker,price\n{text},ABC,1\n")) == [moment]
+
+
+def test_days_keep_their_offsets_where_the_clocks_change(read):
+    market = read(f"{LONG}2024-03-08 00:00:00-05:00,ABC,1\n2024-03-11 00:00:00-04:00,ABC,2\n")
+    assert [moment.hour for moment in times(market)] == [5, 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "price"),
+    [
+        ("1.37000000476837", "1.37"),
+        ("1.2345e-05", "0.00001234"),
+        ("1.2355E-5", "0.00001236"),
+        ("+1.5", "1.5"),
+        (".5", "0.5"),
+        ("7.", "7"),
+        ("1e9", "1000000000"),
+        ("0.00000001", "0.00000001"),
+        ("0.0000000051", "0.00000001"),
+        ("0.000000015", "0.00000002"),
+        ("9999999999.99999999", "9999999999.99999999"),
+        pytest.param("1." + "0" * 200_000, "1", id="very long"),
+    ],
+)
+def test_a_price_is_rounded_to_8_decimals_half_even(read, text, price):
+    assert read(f"{LONG}2024-03-07,ABC,{text}\n")["ABC"][0].close == Decimal(price)
+
+
+def test_a_bar_embraces_its_open_and_close(read):
+    market = read("Date,Open,High,Low,Close\n2024-03-07,2.00000002,2.00000001,1.5,1\n", "ABC.csv")
+    assert market == {"ABC": [bar(DAY, "2.00000002", "2.00000002", "1", "1", 0)]}
+
+
+@pytest.mark.parametrize(
+    ("text", "ticker"),
+    [
+        ("BRK.B", "BRK-B"),
+        ("brk/b", "BRK-B"),
+        ("BTC/USD", "BTC-USD"),
+        ("SAP.DE", "SAP.DE"),
+        ("VOD.L", "VOD.L"),
+        ("ABCDEF.B", "ABCDEF.B"),
+        ("eurusd=x", "EURUSD=X"),
+        ("^GSPC", "^GSPC"),
+        ("7203", "7203"),
+        ("A" * 20, "A" * 20),
+    ],
+)
+def test_a_ticker_is_spelled_as_yahoo_spells_it(read, text, ticker):
+    assert list(read(f"{LONG}2024-03-07,{text},1\n")) == [ticker]
+    assert list(read(f"date,{text}\n2024-03-07,1\n")) == [ticker]
+
+
+# ---------------------------------------------------------------------------------- What is refused
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        (f"{LONG}{ROW}2024-03-07,abc,2\n", 3, "ABC has two prices at 2024-03-07T00:00:00.00:00: 1.5 and 2"),
+        (f"{LONG}{ROW}\n2024-03-06 19:00:00-05:00,ABC,2\n", 4, "ABC has two prices .*: 1.5 and 2"),
+        (f"{LONG}{ROW}2024-03-08,ABC,abc\n", 3, "'abc' is no number"),
+        (f"{LONG}2024-03-08,ABC,-1\n", 2, "the price -1 is not above 0"),
+        (f"{LONG}2024-03-08,ABC,0\n", 2, "the price 0 is not above 0"),
+        (f"{LONG}2024-03-08,ABC,0.000000005\n", 2, "is not above 0"),
+        (f"{LONG}2024-03-08,ABC,1.7e-9\n", 2, "the price 1.7e-9 is not above 0"),
+        (f"{LONG}2024-03-08,ABC,10000000000\n", 2, "below 10000000000"),
+        (f"{LONG}2024-03-08,ABC,9999999999.999999995\n", 2, "below 10000000000"),
+        (f"{LONG}2024-03-08,ABC,1e999\n", 2, "below 10000000000"),
+        (f"{LONG}2024-03-08,ABC,1e9999999999999999999999\n", 2, "is no number"),
+        (f"{LONG}2024-03-08,ABC,1_000\n", 2, "'1_000' is no number"),
+        (f"{LONG}2024-03-08,ABC,inf\n", 2, "'inf' is no number"),
+        (f"{LONG}2024-03-08,ABC,\uff11\uff12\n", 2, "is no number"),
+        (f'{LONG}2024-03-08,ABC,"1,5"\n', 2, "'1,5' is no number"),
+        (f"{LONG}2024-03-08,ABC,1,5\n", 2, "more cells than the heading"),
+        (f"{LONG}2024-03-08,ABC,$1\n", 2, "is no number"),
+        ("date;AAA;BBB\n2024-03-07;1;1.000,5\n", 2, "'1.000.5' is no number"),
+        ("date,ticker,open,close\n2024-03-07,ABC,0,1\n", 2, "the price 0 is not above 0"),
+        ("date,ticker,high,close\n2024-03-07,ABC,x,1\n", 2, "'x' is no number"),
+        ("date,ticker,close,volume\n2024-03-07,ABC,1,many\n", 2, "'many' is no number"),
+        ("date,ticker,close,volume\n2024-03-07,ABC,1,-5\n", 2, "the volume -5 is not from 0"),
+        ("date,ticker,close,volume\n2024-03-07,ABC,1,1e18\n", 2, "the volume 1e18 is not"),
+        (f"{LONG}07/03/2024,ABC,1\n", 2, "'07/03/2024' is no time"),
+        (f"{LONG}2024-02-30,ABC,1\n", 2, "is no time"),
+        (f"{LONG},ABC,1\n", 2, "'' is no time"),
+        (f"{LONG}0000-01-01,ABC,1\n", 2, "is no time .* in the years 1 to 9999"),
+        (f"{LONG}9999-12-31T23:00:00-05:00,ABC,1\n", 2, "in the years 1 to 9999"),
+        (f"{LONG}0001-01-01T00:00:00+05:00,ABC,1\n", 2, "in the years 1 to 9999"),
+        (f"{LONG}1709769600000000000,ABC,1\n", 2, "in the years 1 to 9999"),
+        pytest.param(f"{LONG}{'9' * 5000},ABC,1\n", 2, "in the years 1 to 9999", id="a long time"),
+        (f"{LONG}\uff12\uff10\uff12\uff14-03-07,ABC,1\n", 2, "is no time"),
+        (f"{LONG}2024-03-08,A B,1\n", 2, "'A B' is no ticker"),
+        (f"{LONG}2024-03-08,,1\n", 2, "'' is no ticker"),
+        (f"{LONG}2024-03-08,--,1\n", 2, "'--' is no ticker"),
+        (f"{LONG}2024-03-08,\u0131bm,1\n", 2, "is no ticker"),
+        (f"{LONG}2024-03-08,{'A' * 21},1\n", 2, "is no ticker"),
+        pytest.param(f"{LONG}2024-03-08,{'A' * 5000},1\n", 2, "is no ticker", id="a long ticker"),
+        ("Price,Close,High\n,,AAA\nDate,,\n2024-03-07,1,2\n", 1, "no column close or price"),
+        ("date,AAA,aaa\n2024-03-07,1,1\n", 1, "there are two columns close of AAA"),
+        ("date,Close,Close\n2024-03-07,1,1\n", 1, "there are two columns close of MARKET"),
+        ("Price,Close,Close\nTicker,AAA,A A\nDate,,\n2024-03-07,1,1\n", 1, "'A A' is no ticker"),
+        ("date,open,high,low,volume\n2024-03-07,1,1,1,1\n", 1, "no column close or price"),
+        ("date,Adj Close\n2024-03-07,1\n", 1, "no column close or price"),
+        ("Price,High\nTicker,AAA\nDate,\n2024-03-07,1\n", 1, "no column close or price"),
+        ("date,ticker,AAA\n2024-03-07,AAA,1\n", 1, "no column close or price"),
+        ("ticker,price\nABC,1\n", 1, "no column timestamp, time, date or datetime"),
+        (ROW * 2, 1, "no column timestamp, time, date or datetime"),
+        ("", 1, "no column close or price"),
+        (LONG, 1, "it has no prices"),
+        (f"{LONG}2024-03-08,ABC,\n\n", 2, "it has no prices"),
+        (f'{LONG}2024-03-08,"ABC,1\n2024-03-09,ABC,1\n', 2, "a quote is not closed"),
+        pytest.param(f'{LONG}2024-03-08,ABC,"{"1" * 140_000}"\n', 2, "field larger", id="a long cell"),
+        (f"{LONG}{ROW}".encode() + b"2024-03-08,A\0,1\n", 3, "a byte that is no text"),
+        (f"{LONG}{ROW}".encode() + b"2024-03-08,ABC,\xff\n", 3, "a byte that is no text"),
+        (f"\n{LONG}".encode("utf-16") + b"\x00\xd8\n\x00", 3, "a byte that is no text"),
+        (PLAIN.encode("utf-16") + b"1", 4, "a byte that is no text"),
+        (PLAIN.encode("utf-32"), 1, "a byte that is no text"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_line_and_the_reason(read, tmp_path, content, line, reason):
+    with pytest.raises(BadFile, match=rf"line {line}: .*{reason}.*\.$") as refusal:
+        read(content)
+    assert str(refusal.value).startswith(f"{tmp_path / 'market.csv'}, line ")
+    assert str(refusal.value).isprintable()
+    assert len(str(refusal.value)) < len(str(tmp_path)) + 180
+
+
+def test_the_name_of_a_file_without_tickers_must_be_one(read):
+    with pytest.raises(BadFile, match=r"daily_IBM\.csv, line 1: 'daily_IBM' is no ticker"):
+        read("timestamp,close\n2024-03-07,1\n", "daily_IBM.csv")
+
+
+def test_the_same_row_twice_is_one_bar(read):
+    assert closes(read(LONG + ROW * 2)) == {"ABC": [1.5]}
+
+
+def test_two_files_of_a_folder_must_agree(tmp_path):
+    (tmp_path / "a.csv").write_text(LONG + ROW)
+    (tmp_path / "b.csv").write_text("date,ABC,DEF\n2024-03-06,1,1\n2024-03-07,2,2\n")
+    with pytest.raises(BadFile, match=r"b\.csv, line 3: ABC has two prices at .*: 1\.5 and 2\."):
+        recorded.read(tmp_path)
+
+
+def test_a_folder_without_files_is_refused_by_its_name(tmp_path):
+    with pytest.raises(BadFile, match=f"{tmp_path} has no CSV files"):
+        recorded.read(tmp_path)
+
+
+def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        recorded.read(tmp_path / "none.csv")
+
+
+# ------------------------------------------------------------------------------ Whatever bytes there are
+
+GOOD = [
+    PLAIN.encode(),
+    PLAIN.encode("utf-16"),
+    PLAIN.replace(",", ";").replace(".", ",").encode("utf-8-sig"),
+    downloaded("AAPL", "IBM").to_csv().encode(),
+    downloaded("AAPL", "IBM", group_by="ticker").reset_index().to_csv().encode(),
+    b'"date","AAPL","IBM"\r\n"1709769600",1e-5,NaN\r\n',
+]
+PIECES = [b"", *b', ; \n \r " \0 \xff e - . date price'.split(b" "), b"\xef\xbb\xbf", b"9" * 400]
+
+
+def is_read_or_refused(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    try:
+        market = recorded.read(file)
+    except BadFile as refusal:
+        market, sentence = {}, str(refusal)
+        names_the_line = sentence.startswith(f"{file}, line ") and len(sentence.splitlines()) == 1
+    assert market or names_the_line
+    for ticker, bars in market.items():
+        assert ticker == ticker.upper() != ""
+        assert [] != bars == sorted(bars)
+        assert len({bar.timestamp for bar in bars}) == len(bars)
+        for bar in bars:
+            assert 0 < bar.low <= min(bar.open, bar.close)
+            assert max(bar.open, bar.close) <= bar.high < 10**10
+            assert bar.volume >= 0
+            assert bar.timestamp.tzinfo is UTC
+
+
+MANY = settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    database=None,
+)
+
+
+@MANY
+@given(
+    st.binary(max_size=200) | st.text(max_size=100).map(lambda text: (LONG + text).encode("utf-8", "ignore"))
+)
+def test_any_bytes_are_read_or_refused(tmp_path, content):
+    is_read_or_refused(tmp_path / "ABC.csv", content)
+
+
+@MANY
+@given(st.integers(0))
+def test_good_files_that_were_damaged_are_read_or_refused(tmp_path, seed):
+    chance = random.Random(seed)
+    content = bytearray(chance.choice(GOOD))
+    for _ in range(chance.randint(1, 5)):
+        at = chance.randrange(len(content) + 1)
+        content[at : at + chance.choice((0, 0, 1, 10))] = chance.choice((*PIECES, chance.randbytes(1)))
+    is_read_or_refused(tmp_path / "ABC.csv", bytes(content))
