@@ -206,6 +206,8 @@ def bar_of(row: list[str], columns: list[int], layout: Layout) -> Bar | None:
     time = row[layout.time]
     if not layout.time_is_named and len(time) < 8:
         raise ValueError(f"{time[:40]!r} is no time, and no column is called timestamp, time or date")
+    if not (open or high or low or volume):  # As in most files, and quicker.
+        return Bar(time_from(time), close, close, close, close, ZERO)
     open = price_from(open) or close
     high = max(price_from(high) or close, open, close)
     low = min(price_from(low) or close, open, close)
