@@ -1,20 +1,18 @@
 """IBKR Broker Simulator: a REST service that pretends to be a broker.
 
-    App               settings, the Flask app, how often a request is tried
+    App               the settings in force, the Flask app, how often a request is tried
     Errors            every answer that is not a success, as problem+json
-    Reading requests  who asks, and for what
+    Who asks          whose key a request carries
     Routes            the API; `trade` is the heart of the program, start reading there
     Commands          what `flask user` and `python app.py` do
 
-What an account may do with its money is in `models.py`, where prices come from in `pricing.py`, how
-statements reach the database in `database.py`, and what it takes to stand in public (ids, limits, headers)
-in `public.py`.
+What an account may do with its money is in `models.py`, where prices come from in `pricing.py`, what comes in
+and goes out in `messages.py`, and what it takes to stand in public (ids, limits, headers) in `public.py`.
 """
 
 import csv
 import hmac
 import io
-import json
 import logging
 import os
 import platform
@@ -23,59 +21,84 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import cache, lru_cache
+from functools import cache, wraps
 from json.encoder import encode_basestring_ascii as quoted
-from uuid import uuid4
+from secrets import token_hex
+from typing import Annotated, Literal
 
 import click
 import flask_swagger_ui
 import psutil
 import sqlalchemy as sa
-from dotenv import load_dotenv
 from flask import Blueprint, Flask, Response, g, request, stream_with_context
 from flask.cli import AppGroup
-from flask.json.provider import JSONProvider
 from flask_migrate import Migrate, upgrade
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 import openapi
 import public
-from database import ANSWER_SECONDS, OutcomeUnknown, Watched, db
-from models import (
+from database import OutcomeUnknown, db, transaction, use_database
+from messages import (
     ACCOUNT_LIMIT,
     ORDER_LIMIT,
-    Account,
-    Action,
-    ApiKey,
-    Books,
-    Cash,
-    Controls,
-    Costs,
-    Email,
-    Market,
-    Moment,
+    REHEARSED,
+    Advance,
+    BalanceAnswer,
+    Clock,
+    ClosedAccount,
+    DatabaseHealth,
+    ExactJSON,
+    Filters,
+    HealthAnswer,
+    MarketAnswer,
+    NewAccount,
+    NewKey,
+    OpenedAccount,
     Order,
-    OrderAmount,
-    Pin,
-    QuoteExpired,
+    Page,
+    PathTicker,
+    PinnedPrice,
     Refused,
-    Ticker,
-    Trade,
-    User,
-    checked_cash,
+    RequestsAnswer,
+    Reset,
+    RulesAnswer,
+    RunAnswer,
+    RunOption,
+    TradeOptions,
+    checked,
     checked_ticker,
+    invalid,
     iso,
-    now,
     plain,
+    refuses,
+    takes,
     unauthorized,
+)
+from models import (
+    Account,
+    AuditAnswer,
+    Books,
+    Costs,
+    HistoryAnswer,
+    Market,
+    PortfolioAnswer,
+    QuoteAnswer,
+    QuoteExpired,
+    Trade,
+    TradeAnswer,
+    TradesAnswer,
+    User,
+    UsersAnswer,
+    now,
 )
 from pricing import (
     BAR_SECONDS,
@@ -90,97 +113,109 @@ from pricing import (
     no_such_ticker,
     yahoo_is_reachable,
 )
+from settings import read_settings
 
 VERSION = "1.0.0"
 
 # --------------------------------------------------------------------------------------------- App
 
-load_dotenv()
-# One line a request, which says what a trade has booked, and one a failed source. Where in the code a line
-# comes from is not looked up: that takes time.
-logging._srcfile = None
+# One line a request, which says what a trade has booked, and one a failed source.
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+
+
+def with_request_id(line: logging.LogRecord) -> bool:
+    """Put the request's id on a line of the log, in whatever thread it is written."""
+    line.request_id = request_id.get() and f" [{request_id.get()}]"
+    return True
+
+
 logging.basicConfig(level=logging.INFO, format="%(message)s%(request_id)s")
-logging.getLogger().handlers[0].addFilter(public.with_request_id)
+logging.getLogger().handlers[0].addFilter(with_request_id)
 
-
-def setting(name: str, default: str | None, checked=str):
-    """The setting `name` from the environment or `.env`, checked; a bad one ends the program."""
-    text = os.environ.get(name) or default
-    try:
-        return text and checked(text)
-    except (ValueError, ArithmeticError) as error:
-        raise SystemExit(f"{name} cannot be used: {error}") from None  # Its value may hold a password.
-
-
-def checked_number(low: int, high: int):
-    def checked(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-            raise ValueError(f"it must be a whole number from {low} to {high}.")
-        return int(text)
-
-    return checked
-
-
-def checked_cost(most: int):
-    def checked(text: str) -> Decimal:
-        cost = checked_cash(text)
-        if cost > most:
-            raise ValueError(f"it must be from 0 to {most}.")
-        return cost
-
-    return checked
-
-
-def checked_sources(text: str) -> list[str]:
-    sources = [source.strip() for source in text.lower().split(",")]
-    if sources != ["sample"] and not set(sources) <= {"yahoo", "alphavantage"}:
-        raise ValueError("name yahoo, alphavantage or both, or sample alone.")
-    return sources
-
-
-def checked_database(url: str) -> str:
-    """`url` as SQLAlchemy wants it: psycopg2 must be named, and postgres:// is Heroku's spelling.
-
-    Of several hosts (`@a:5432,b:5432/name`), as PostgreSQL's own tools take them, each becomes a `host=`.
-    """
-    scheme, separator, rest = url.partition("://")
-    if scheme in ("postgres", "postgresql") and rest:
-        if several := re.fullmatch(r"([^/?]*@)?([^/?@]*,[^/?@]*)/?([^?]*)\??(.*)", rest):
-            login, hosts, name, options = several.groups("")
-            rest = f"{login}/{name}?{options}&host=" + hosts.replace(",", "&host=")
-        return f"postgresql+psycopg2://{rest}"
-    if scheme == "sqlite" and rest.strip("/"):
-        if public.ON_HOST:
-            logging.warning(
-                "WARNING: SQLite on a host's disk: ALL ACCOUNTS AND TRADES ARE LOST AT THE NEXT DEPLOY OR "
-                "RESTART. Set DATABASE_URL to a PostgreSQL."
-            )
-        return url
-    raise ValueError("it must begin with postgresql://, postgres:// or sqlite:///.")
-
-
-HOST = setting("HOST", "127.0.0.1")
-PORT = setting("PORT", "8000", checked_number(1, 65535))
-STARTING_CASH = setting("STARTING_CASH", "100000", checked_cash)
-ADMIN_API_KEY = setting("ADMIN_API_KEY", None, public.checked_admin_key)
-ALPHAVANTAGE_API_KEY = setting("ALPHAVANTAGE_API_KEY", None)
-COSTS = Costs(
-    setting("COMMISSION_BPS", "0", checked_cost(10_000)),
-    setting("COMMISSION_MIN", "0", checked_cost(1_000_000)),
-    setting("SLIPPAGE_BPS", "0", checked_cost(10_000)),
-)
-CORS_ORIGINS = setting("CORS_ORIGINS", None, public.checked_origins) or set()
-RATE_LIMIT = setting("RATE_LIMIT", "60000 per minute", public.checked_limit)
-counter = setting("RATELIMIT_STORAGE_URI", "memory://", public.Counter)
-PRICE_CACHE_SECONDS = setting("PRICE_CACHE_SECONDS", "180", checked_number(1, 86_400))
-
-if __name__ == "__main__" and not os.environ.get("PRICE_SOURCES") and not yahoo_is_reachable():
+settings = read_settings()
+PRICE_SOURCES = settings.PRICE_SOURCES
+if __name__ == "__main__" and "PRICE_SOURCES" not in settings.model_fields_set and not yahoo_is_reachable():
     print("Yahoo Finance cannot be reached: serving the recorded sample market instead.")
-    os.environ["PRICE_SOURCES"] = "sample"
-
-PRICE_SOURCES = setting("PRICE_SOURCES", "yahoo,alphavantage", checked_sources)
+    PRICE_SOURCES = ["sample"]
 EMBEDDED = "sqlite:///sample.db" if PRICE_SOURCES == ["sample"] else "sqlite:///simulator.db"
-DATABASE_URL = setting("DATABASE_URL", EMBEDDED, checked_database)
+DATABASE_URL = settings.DATABASE_URL or EMBEDDED
+if public.ON_HOST and DATABASE_URL.startswith("sqlite"):
+    logging.warning(
+        "WARNING: SQLite on a host's disk: ALL ACCOUNTS AND TRADES ARE LOST AT THE NEXT DEPLOY OR RESTART. "
+        "Set DATABASE_URL to a PostgreSQL."
+    )
+COSTS = Costs(settings.COMMISSION_BPS, settings.COMMISSION_MIN, settings.SLIPPAGE_BPS)
+ADMIN_KEY_HASH = settings.ADMIN_API_KEY and User.hash(settings.ADMIN_API_KEY)
+
+
+class Gate:
+    """Stands in front of `app`: gives each request its id and its line in the log, each answer its headers.
+
+    It speaks WSGI, where all this takes a quarter of what it took within Flask.
+    """
+
+    def __init__(self, app, origins: set[str]):
+        self.app, self.origins = app, origins
+        self.count = self.errors = 0
+        self.last = deque(maxlen=1000)  # Of the last requests, how many milliseconds they took.
+
+    def __call__(self, environ: dict, start_response):
+        started, answered = time.perf_counter(), "500"
+        sent = environ.get("HTTP_X_REQUEST_ID")
+        is_safe_to_log = sent and re.fullmatch("[A-Za-z0-9._:/+=@-]{1,128}", sent)
+        own_id = sent if is_safe_to_log else token_hex(16)
+        request_id.set(own_id)
+        origin = self.origins and self.welcome_origin(environ)
+
+        def start(status: str, headers: list, *failure):
+            nonlocal answered
+            answered = status[:3]
+            headers = [*headers, *public.CAREFUL, *environ.get("broker.limit", ()), ("X-Request-Id", own_id)]
+            if environ["PATH_INFO"].startswith("/api/"):
+                headers.append(public.NOT_TO_KEEP)
+            if all(name != "Content-Security-Policy" for name, _ in headers):  # A page brings its own.
+                headers.append(public.NO_SOURCES)
+            if "https" in (environ["wsgi.url_scheme"], environ.get("HTTP_X_FORWARDED_PROTO")):
+                headers.append(
+                    public.STAY_WITH_HTTPS
+                )  # To forge that gains nothing: over HTTP browsers ignore it.
+            if self.origins:
+                headers.append(("Vary", "Origin"))
+            if origin:
+                headers += [("Access-Control-Allow-Origin", origin), public.EXPOSED]
+            return start_response(status, headers, *failure)
+
+        is_preflight = (
+            environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
+        )
+        try:
+            if origin and is_preflight:
+                start(
+                    "204 No Content", public.ALLOWED
+                )  # A browser asks, without a key, whether its page may ask.
+                return []
+            return self.app(environ, start)
+        finally:
+            milliseconds = (time.perf_counter() - started) * 1000
+            self.count += 1
+            self.errors += answered >= "500"
+            self.last.append(milliseconds)
+            path = "?".join(filter(None, (environ["PATH_INFO"], environ.get("QUERY_STRING"))))
+            asked = f"{environ['REQUEST_METHOD']} {path} {environ['SERVER_PROTOCOL']}"
+            address, booked = environ.get("REMOTE_ADDR"), environ.get("broker.booked", "")
+            app.logger.info("%s %s %s %.1f ms%s", address, quoted(asked), answered, milliseconds, booked)
+
+    def welcome_origin(self, environ: dict) -> str | None:
+        """The origin whose page may read the answer; `*` can be all of them, as the key is no cookie."""
+        sent = environ.get("HTTP_ORIGIN")
+        return next((origin for origin in ("*", sent) if origin in self.origins), None)
+
+    def health(self) -> RequestsAnswer:
+        last = sorted(self.last.copy()) or [0.0]
+        percentiles = {
+            f"p{p}": round(last[min(len(last) * p // 100, len(last) - 1)], 2) for p in (50, 95, 99)
+        }
+        return {"count": self.count, "errors": self.errors, "latency_ms": percentiles}
 
 
 class Simulator(Flask):
@@ -202,31 +237,21 @@ class Simulator(Flask):
         deadline = time.monotonic() + self.SECONDS
         for attempt in range(1, self.TRIES + 1):
             try:
-                return self.answer(may_trust=attempt == 1)
-            except (DBAPIError, sa.exc.TimeoutError, QuoteExpired, OutcomeUnknown, Refused) as error:
+                admit()
+                return super().dispatch_request()
+            except (DBAPIError, sa.exc.TimeoutError, QuoteExpired, OutcomeUnknown) as error:
+                db.session.close()
                 unknown = unknown or (isinstance(error, OutcomeUnknown) and error)
                 late = time.monotonic() > deadline and not isinstance(error, QuoteExpired)
-                over = attempt == self.TRIES or late
-                if over or not is_passing(error):
-                    if unknown:
-                        raise unknown from error
-                    raise
+                if attempt == self.TRIES or late or not is_passing(error):
+                    raise unknown or error from error
             if attempt > 1:
                 time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
-
-    def answer(self, may_trust: bool):
-        """Try once. A "no" to one who was let in on trust is said only when the key was looked up."""
-        try:
-            admit(may_trust)
-            return super().dispatch_request()
-        except (Refused, HTTPException):
-            look_up_if_on_trust()
-            raise
 
 
 def is_passing(error: Exception) -> bool:
     """Whether the same request may well succeed a moment later, and does no harm if it is made twice."""
-    if isinstance(error, Refused | sa.exc.TimeoutError):
+    if isinstance(error, sa.exc.TimeoutError):
         return False
     if isinstance(error, OutcomeUnknown):
         # A trade looks its key up first; nothing else that writes has one.
@@ -241,75 +266,28 @@ def is_passing(error: Exception) -> bool:
     )
 
 
-class ExactJSON(JSONProvider):
-    """JSON with a newline at the end, and with the exact digits of Decimals.
-
-    The standard library writes no Decimals. simplejson does, and takes three times as long, which for a
-    large portfolio was half of the whole answer.
-    """
-
-    def dumps(self, document, **options) -> str:
-        return in_json(document) + "\n"
-
-
-def in_json(value) -> str:
-    return WRITERS.get(type(value), json.dumps)(value)
-
-
-def object_in_json(members: dict) -> str:
-    # What `in_json` does, without its call for each value: in a large portfolio that is felt.
-    values = [WRITERS.get(type(value), json.dumps)(value) for value in members.values()]
-    return object_with(*members) % tuple(values)
-
-
-@lru_cache
-def object_with(*names: str) -> str:
-    """The JSON of an object with members of these names, but for their values."""
-    return "{" + ", ".join(quoted(name).replace("%", "%%") + ": %s" for name in names) + "}"
-
-
-def list_in_json(items: list) -> str:
-    return "[" + ", ".join(map(in_json, items)) + "]"
-
-
-WRITERS = {str: quoted, Decimal: plain, dict: object_in_json, list: list_in_json}
-
-
 app = Simulator("app")  # By name: `instance/` is then beside this file, wherever it is started from.
 app.json = ExactJSON(app)
-app.wsgi_app = gate = public.Gate(app.wsgi_app, CORS_ORIGINS)
+app.wsgi_app = gate = Gate(app.wsgi_app, settings.CORS_ORIGINS or set())
 app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
-app.config["SQLALCHEMY_DATABASE_URI"] = DATABASE_URL
-app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
-    "isolation_level": "AUTOCOMMIT",  # database.py says BEGIN where statements belong together.
-    "pool_size": 4,  # More would wait for each other in Python. Of two workers: 8; some databases let 15 in.
-    "max_overflow": 0,
-    "pool_timeout": 3,
-    "pool_reset_on_return": None,  # `transaction` in database.py gives none back that is not over.
-    "connect_args": {"timeout": 15}
-    if DATABASE_URL.startswith("sqlite")
-    else {
-        "tcp_user_timeout": 2000,  # Milliseconds until a machine that is gone without a word is given up.
-        "connect_timeout": ANSWER_SECONDS,
-        "cursor_factory": Watched,
-    },
-}
-db.init_app(app)
+use_database(app, DATABASE_URL)
 Migrate(app, db)
 
 YAHOO_FOLDER = os.path.join(app.instance_path, "yfinance")
 
 if PRICE_SOURCES == ["sample"]:
     try:
-        market = SampleMarket(setting("SAMPLE_MARKET", str(SAMPLE_FILE)))
+        market = SampleMarket(settings.SAMPLE_MARKET or SAMPLE_FILE)
     except (BadFile, OSError) as error:
         raise SystemExit(f"SAMPLE_MARKET cannot be used: {error}") from None
 else:
     sources = {"yahoo": Yahoo(YAHOO_FOLDER)}
-    if ALPHAVANTAGE_API_KEY:
-        sources["alphavantage"] = AlphaVantage(ALPHAVANTAGE_API_KEY)
-    market = LiveMarket(app, [sources[s] for s in PRICE_SOURCES if s in sources], PRICE_CACHE_SECONDS)
+    if settings.ALPHAVANTAGE_API_KEY:
+        sources["alphavantage"] = AlphaVantage(settings.ALPHAVANTAGE_API_KEY)
+    market = LiveMarket(
+        app, [sources[s] for s in PRICE_SOURCES if s in sources], settings.PRICE_CACHE_SECONDS
+    )
     if not market.sources:
         sys.exit("PRICE_SOURCES=alphavantage cannot be used without ALPHAVANTAGE_API_KEY.")
 
@@ -364,7 +342,8 @@ def problem(code: str, detail: str, **members) -> Response:
         "code": code,
         **members,
     }
-    response = Response(app.json.dumps(document), status, content_type="application/problem+json")
+    response = app.json.response(document)
+    response.status_code, response.content_type = status, "application/problem+json"
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     if status in (429, 503):
@@ -410,48 +389,25 @@ def quote_expired(error: QuoteExpired) -> Response:
     return problem("price_unavailable", "Prices change faster than this could be answered.")
 
 
-# -------------------------------------------------------------------------------- Reading requests
+# ---------------------------------------------------------------------------------------- Who asks
 
 
-let_in: dict[str, tuple] = {}
-"""The accounts that this process has let in lately, by the hashes of their keys."""
-
-LOOK_THEMSELVES = [("POST", "trade"), ("GET", "portfolio")]
-"""Requests whose own statements find nothing unless the account still has this key."""
-
-FAULT = "X-Simulate-Fault"
-"""The header that asks for a drill, see `drilled_fault`. Some take time, so nobody has one on trust."""
-
-
-def admit(may_trust: bool) -> None:
-    """Let the request in: find out whose key it carries, which account that is, and how its market is set.
-
-    A request that looks at the key itself, together with all else, may be let in on trust if its key was
-    before: a question less to the database. `g.is_on_trust` stands until it has looked, and nothing is
-    answered before that: neither a success nor, see `look_up_if_on_trust`, a refusal.
-    """
+def admit() -> None:
+    """Let the request in: find out whose key it carries, which account that is, and how its market is set."""
     if not request.path.startswith("/api/"):
         return
     claim_database()
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     key = key.strip() if scheme.lower() == "bearer" else ""
-    g.key_hash, g.is_on_trust = User.hash(key), False
-    is_admin = ADMIN_API_KEY and hmac.compare_digest(g.key_hash, User.hash(ADMIN_API_KEY))
-    looks_itself = (request.method, request.endpoint) in LOOK_THEMSELVES and FAULT not in request.headers
-    trusted = let_in.get(g.key_hash) if may_trust and looks_itself else None
-    account = trusted or (User.with_key(g.key_hash) if key and not is_admin else None)
+    g.key_hash = User.hash(key)
+    is_admin = ADMIN_KEY_HASH and hmac.compare_digest(g.key_hash, ADMIN_KEY_HASH)
+    account = Account.with_key(g.key_hash) if key and not is_admin else None
+    if account:
+        g.account, g.user_id = account, account.user_id
     if not (is_admin or account):
-        let_in.pop(g.key_hash, None)  # A key that has ended is from now on a wrong one.
         counter.count(f"wrong keys from {public.client_address()}", public.WRONG_KEYS)
         raise unauthorized()
-    if account:
-        if len(let_in) >= 10_000:
-            let_in.clear()
-        let_in[g.key_hash] = account
-        g.account, g.user_id, g.is_on_trust = account, account.user_id, trusted is not None
-        pins = Pin.in_force(g.user_id) if account.pin_changes else {}
-        g.controls = Controls(account.market_clock, account.pin_changes, pins)
-    counter.count(f"user {account.user_id}" if account else "admin", RATE_LIMIT)
+    counter.count(f"user {account.user_id}" if account else "admin", settings.RATE_LIMIT)
     is_admins_path = re.match("/api/v1/users(/|$)", request.path)
     if is_admins_path and not is_admin:
         raise Refused("forbidden", "Accounts are managed with the server's ADMIN_API_KEY, if it has one.")
@@ -459,13 +415,7 @@ def admit(may_trust: bool) -> None:
         raise Refused("forbidden", "The admin's key manages accounts; it has none of its own to trade with.")
 
 
-def look_up_if_on_trust() -> None:
-    """Before a "no", which may be meant for nobody. `QuoteExpired` if it is another's or the market moved."""
-    if g.get("is_on_trust"):
-        told = g.user_id, g.controls
-        admit(may_trust=False)
-        if (g.user_id, g.controls) != told:
-            raise QuoteExpired
+counter = settings.RATELIMIT_STORAGE_URI
 
 
 @cache
@@ -474,279 +424,264 @@ def claim_database() -> None:
     Market.claim("sample" if market.is_sample else "live")
 
 
-def read(model: type[BaseModel]) -> BaseModel:
-    """The request's JSON body as a `model`; refused unless every member is known and in order."""
-    if request.mimetype != "application/json":
-        raise Refused("unsupported_media_type", "Send JSON: `Content-Type: application/json`.")
-    return checked(model, parsed(body()))
-
-
-def body() -> bytes:
-    """The request's body, whole: a server passes on one that was cut short."""
-    if "unreadable" in g:
-        raise g.unreadable  # Read again, it would seem to end where it broke off.
-    try:
-        content = request.get_data()
-    except Exception as error:  # Each server raises its own for a bad chunk; all are the client's.
-        refusal = Refused("invalid_json", "The body could not be read to its end.")
-        g.unreadable = error if isinstance(error, HTTPException) else refusal
-        raise g.unreadable from error
-    if request.content_length not in (None, len(content)):
-        raise Refused(
-            "invalid_json",
-            f"The body has {len(content)} bytes and Content-Length said {request.content_length}.",
-        )
-    return content
-
-
-def parsed(content: bytes):
-    """The JSON document in `content`, every number of it an exact Decimal."""
-    try:
-        return json.loads(
-            content.decode(),
-            parse_int=Decimal,
-            parse_float=Decimal,
-            parse_constant=no_constant,
-            object_pairs_hook=unique_members,
-        )
-    except (ValueError, ArithmeticError, RecursionError) as error:
-        reason = str(error) if type(error) is ValueError else "It cannot be parsed."
-        raise Refused("invalid_json", f"The body is not valid JSON. {reason}") from error
-
-
-def no_constant(name: str):
-    raise ValueError(f"{name} is no JSON number.")
-
-
-def unique_members(pairs: list) -> dict:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        raise ValueError("A member appears twice.")
-    return members
-
-
-def checked(model: type[BaseModel], document) -> BaseModel:
-    """`document` as a `model`, or `invalid_request` with one entry in `errors` for each bad field."""
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        raise invalid(
-            {
-                "field": ".".join(map(str, entry["loc"])) or "body",
-                "message": entry["msg"].removeprefix("Value error, "),
-            }
-            for entry in error.errors(include_url=False, include_context=False)[:20]
-        ) from None
-
-
-def invalid(errors: Iterable[dict]) -> Refused:
-    errors = list(errors)
-    sentence = "; ".join(f"{error['field']}: {error['message']}" for error in errors)
-    return Refused("invalid_request", f"{sentence}.", errors=errors)
-
-
-def query(model: type[BaseModel]) -> BaseModel:
-    """The query string as a `model`; a parameter that is unknown or comes twice is refused."""
-    values = request.args.to_dict(flat=False) if request.query_string else {}
-    return checked(model, {name: v[0] if len(v) == 1 else v for name, v in values.items()})
-
-
-def idempotency_key() -> str | None:
-    """The request's `Idempotency-Key`, if it carries one."""
-    key = request.headers.get("Idempotency-Key")
-    if key is not None and not re.fullmatch(r"[ -~]{1,255}", key):
-        raise invalid(
-            [{"field": "Idempotency-Key", "message": "must be 1 to 255 printable ASCII characters"}]
-        )
-    return key
-
-
-class NoOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class TradeOptions(NoOptions):
-    dry_run: bool = Field(False, description="Answer as the trade would, and write nothing")
-
-
-def whole(number):
-    """A JSON number as the integer that it is; `true` and 1.5 are none."""
-    if not isinstance(number, Decimal) or number != number.to_integral_value():
-        raise ValueError("must be a whole number")
-    return int(number) if abs(number) < 10**18 else 10**18
-
-
-class PathTicker(NoOptions):
-    ticker: Ticker
-
-
-class RunOption(NoOptions):
-    run: int = Field(None, ge=1, lt=2**31, description="The run of the account; without it, the current one")
-
-
-class Filters(RunOption):
-    """Which trades to show."""
-
-    ticker: Ticker = None
-    action: Action = None
-    since: Moment = Field(None, description="The earliest time to show, inclusive")
-    until: Moment = Field(None, description="The time before which to show, exclusive")
-
-
-class Page(Filters):
-    limit: int = Field(50, ge=1, le=500, description="Trades on a page")
-    cursor: int = Field(None, ge=1, lt=2**63, description="`next_cursor` of the page before")
-
-
-class Reset(NoOptions):
-    cash: Cash = Field(STARTING_CASH, description="Dollars to begin with")
-
-
-class NewAccount(Reset):
-    email: Email = Field(examples=["alice@example.com"])
-    key: ApiKey = None
-
-
-class Clock(NoOptions):
-    at: Moment | None
-
-
-class Advance(NoOptions):
-    bars: int = Field(1, ge=1, le=100_000)
-
-    _whole = field_validator("bars", mode="before")(whole)
-
-
-class PinnedPrice(NoOptions):
-    price: OrderAmount
-
-
 # ------------------------------------------------------------------------------------------ Routes
+# The sample market, under the control of each account for itself.
+
+
+def need_sample_market() -> None:
+    if not market.is_sample:
+        raise Refused("market_is_live", "Only the sample market can be controlled: PRICE_SOURCES=sample.")
+
+
+def market_of(account: Account) -> MarketAnswer:
+    return {
+        "source": market.name,
+        "clock": "manual" if account.market_clock else "wall",
+        "now": market.time(account),
+        "first_bar": market.bars[0],
+        "last_bar": market.bars[-1],
+        "tickers": sorted(market.closes),
+        "pins": account.pins,
+    }
+
+
+@app.get("/api/v1/market")
+@takes()
+@refuses("market_is_live")
+def market_state() -> MarketAnswer:
+    """Your sample market: its clock, its recorded time, its tickers and the prices that you pinned."""
+    need_sample_market()
+    return market_of(g.account)
+
+
+@app.put("/api/v1/market/clock")
+@takes(Clock)
+@refuses("market_is_live", "outcome_unknown")
+def set_clock(clock: Clock) -> MarketAnswer:
+    """Stop your clock at a bar of the recorded past, or let it run again (`null`).
+
+    Between two bars it stops at the earlier one.
+    """
+    need_sample_market()
+    at = clock.at
+    if at and not market.bars[0] <= at <= market.bars[-1]:
+        span = f"from {iso(market.bars[0])} to {iso(market.bars[-1])}"
+        raise invalid([{"field": "at", "message": f"must be a time {span}"}])
+    with transaction(g.user_id):
+        account = Account.locked(g.user_id, g.key_hash)
+        account.stop_clock(at and market.bar_at(at))
+        return market_of(account)  # Read before it is committed: so it is safe to repeat.
+
+
+@app.post("/api/v1/market/advance")
+@takes(Advance, body_may_miss=True)
+@refuses("market_is_live", "clock_is_running", "outcome_unknown")
+def advance(step: Advance) -> MarketAnswer:
+    """Move your stopped clock on by some bars; past the last one it does not go."""
+    need_sample_market()
+    with transaction(g.user_id):
+        account = Account.locked(g.user_id, g.key_hash)
+        if account.market_clock is None:
+            raise Refused("clock_is_running", "Stop the clock first: PUT /api/v1/market/clock.")
+        account.stop_clock(market.bar_after(account.market_clock, step.bars))
+        return market_of(account)  # Read before it is committed: so it is safe to repeat.
+
+
+@app.put("/api/v1/market/prices/<ticker>")
+@takes(PinnedPrice, path=PathTicker)
+@refuses("unknown_ticker", "market_is_live", "outcome_unknown")
+def pin_price(pinned: PinnedPrice, ticker: str) -> MarketAnswer:
+    """Pin the price of a ticker, in dollars, for your account alone."""
+    need_sample_market()
+    return pin(ticker, pinned.price)
+
+
+@app.delete("/api/v1/market/prices/<ticker>")
+@takes(path=PathTicker)
+@refuses("unknown_ticker", "market_is_live", "outcome_unknown")
+def unpin_price(ticker: str) -> MarketAnswer:
+    """Let a pinned price go again."""
+    need_sample_market()
+    return pin(ticker, None)
+
+
+def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
+    if ticker not in market.closes:
+        raise no_such_ticker(ticker)
+    with transaction(g.user_id):
+        account = Account.locked(g.user_id, g.key_hash)
+        account.pin(ticker, price)
+        return market_of(account)  # Read before it is committed: so it is safe to repeat.
+
+
+FAULT = "X-Simulate-Fault"
+"""The header that asks for a drill."""
+
+
+def drillable(route):
+    """A `route` that books and fails the way `X-Simulate-Fault` asks, on the sample market alone."""
+
+    @wraps(route)
+    def drilled(*asked):
+        fault = request.headers.get(FAULT)
+        if fault is None:
+            return route(*asked)
+        need_sample_market()
+        if latency := re.fullmatch("latency=([0-9]{1,5})", fault):
+            if not g.get("has_slept"):  # Once, however often the request is tried.
+                g.has_slept = True
+                time.sleep(min(int(latency[1]), 10_000) / 1000)
+        elif fault == "price_unavailable":
+            raise Refused("price_unavailable", "A drill: no source gave a price in time.")
+        elif fault == "rate_limited":
+            raise Refused("rate_limited", "A drill: you ask too often.")
+        elif fault not in ("error_before_commit", "error_after_commit"):
+            faults = "price_unavailable, rate_limited, error_before_commit, error_after_commit"
+            raise invalid([{"field": FAULT, "message": f"must be {faults} or latency=MILLISECONDS"}])
+        if fault == "error_before_commit":
+            sa.event.listen(db.session(), "before_commit", fail_where_booked)
+        answer = route(*asked)
+        if fault == "error_after_commit" and "booked" in g:
+            raise Refused("outcome_unknown", "A drill: the answer to this trade was lost. Was it booked?")
+        return answer
+
+    drilled.headers = [FAULT]
+    return drilled
+
+
+def fail_where_booked(_) -> None:
+    if "booked" in g:
+        raise Refused("database_unavailable", "A drill: this trade failed and was not booked.")
+
+
+# What accounts ask, and what they trade.
 
 
 @app.get("/api/v1/balance")
-def balance():
+@takes()
+def balance() -> BalanceAnswer:
     """Your cash, in dollars."""
-    query(NoOptions)
     return {"user_id": g.user_id, "cash_balance": g.account.cash_balance}
 
 
 @app.get("/api/v1/price/<ticker>")
-def price(ticker: str):
+@takes(path=PathTicker)
+@refuses("unknown_ticker", "price_unavailable")
+def price(ticker: str) -> QuoteAnswer:
     """What one share or coin costs, and until when that holds.
 
     Until `valid_until` trades are judged by this price, whatever the market does meanwhile.
     """
-    query(NoOptions)
-    return market.quote(checked(PathTicker, {"ticker": ticker}).ticker, g.controls).to_dict()
+    quote = market.look_up(ticker, g.account)
+    if isinstance(quote, Refused):
+        raise quote
+    return quote.to_dict()
 
 
 @app.get("/api/v1/portfolio")
-def portfolio():
+@takes()
+def portfolio() -> PortfolioAnswer:
     """Your cash and holdings of one moment, valued at the market, with profit and loss.
 
     A holding whose price cannot be had in time shows `null` there, as do the totals that need it.
     """
-    query(NoOptions)
     account, holdings = Account.with_holdings(g.user_id, g.key_hash)
-    g.is_on_trust = False
-    quotes = market.quotes([holding.ticker for holding in holdings], account.controls(g.controls))
+    quotes = market.quotes([holding.ticker for holding in holdings], account)
     return account.portfolio(holdings, quotes)
 
 
 @app.post("/api/v1/trade")
-def trade():
+@takes(Order, query=TradeOptions, order_key=True)
+@refuses(
+    *(
+        "unknown_ticker",
+        "price_below_market",
+        "price_above_market",
+        "insufficient_funds",
+        "insufficient_shares",
+    ),
+    *("unsupported_currency", "limit_exceeded", "market_is_live", "idempotency_key_reused"),
+    *("price_unavailable", "outcome_unknown"),
+)
+@drillable
+def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
     """Buy or sell, in full and at once, or be refused with the reason.
 
     A limit order (with `price`) is booked at the price it names: at or above the market price for a
     buy, at or below it for a sale. A market order (without) is booked at the market price. With an
     `Idempotency-Key` an order is safe to send again: it is booked once, and answered the same.
     """
-    order, options, key, fault = read(Order), query(TradeOptions), idempotency_key(), drilled_fault()
-    try:
-        quote = market.quote(order.ticker, g.controls)  # Before the lock: no locked row waits for Yahoo.
-    except Refused:
-        look_up_if_on_trust()
-        if key and (earlier := Trade.with_key(g.user_id, key)):
-            return replay(earlier, order, options)  # Which needs no price.
-        raise
+    quote = market.look_up(order.ticker, g.account)  # Before the lock: no locked row waits for Yahoo.
 
-    # One of its own makes an order without a key as safe to repeat in here as one with.
-    key = key or g.setdefault("own_key", f"request {uuid4()}")
-    with Account.locked(g.user_id, g.key_hash, order.ticker, key) as (account, position, earlier):
-        g.is_on_trust = False
-        if earlier:
-            return replay(earlier, order, options)
-        if (controls := account.controls(g.controls)) is not g.controls:
-            quote = market.quote(order.ticker, controls)  # Of the sample market, which takes no time.
-        booked = g.booked = account.fill(order, quote, position, COSTS)
-        if fault == "error_before_commit":
-            raise Refused("database_unavailable", "A drill: this trade failed and was not booked.")
+    with transaction(g.user_id, keep=not options.dry_run):
+        account = Account.locked(g.user_id, g.key_hash, order.ticker, order_key)
+        if account.earlier:  # Its first answer needs no price.
+            return replay(Trade.of(g.user_id, account.earlier), order, options)
+        if account.market_clock != g.account.market_clock or account.pin_changes != g.account.pin_changes:
+            quote = market.look_up(order.ticker, account)  # Of the sample market, which takes no time.
+        booked = account.fill(order, quote, account.holding, COSTS)
         if options.dry_run:
-            return Trade.to_dict(booked) | REHEARSED
-        account.record(booked, position, key)
-    if fault == "error_after_commit":
-        raise Refused("outcome_unknown", "A drill: the answer to this trade was lost. Was it booked?")
-    log_booked(booked, order)
-    return Trade.to_dict(booked)
+            return booked.to_dict() | REHEARSED
+        account.book(booked, account.holding, order_key)
+        g.booked = booked
+
+    request.environ["broker.booked"] = f" {booked}"
+    return booked.to_dict()
 
 
-def log_booked(trade, order: Order) -> None:
-    request.environ["broker.booked"] = f" trade {trade.id}: user {g.user_id} {order}"
-
-
-REHEARSED = {"id": None, "dry_run": True}
-
-
-def replay(earlier: tuple, order: Order, options: TradeOptions):
+def replay(earlier: Trade, order: Order, options: TradeOptions):
     """The first answer once more, for a key that has been used; refused if for another order."""
-    if not Trade.is_for(earlier, order):
+    if not earlier.is_for(order):
         raise Refused(
             "idempotency_key_reused",
             f"This Idempotency-Key belongs to trade {earlier.id}, which came of another order.",
             trade_id=str(earlier.id),
         )
     if "booked" in g and g.booked.created_at == earlier.created_at:
-        log_booked(earlier, order)  # By us, a moment ago: the answer to our COMMIT was lost.
-        return Trade.to_dict(earlier)
-    answer = Trade.to_dict(earlier) | (REHEARSED if options.dry_run else {})
-    return answer, {"Idempotent-Replayed": "true"}
+        request.environ["broker.booked"] = f" {earlier}"
+        return earlier.to_dict()  # By us, a moment ago: the answer to our COMMIT was lost.
+    return earlier.to_dict() | (REHEARSED if options.dry_run else {}), {"Idempotent-Replayed": "true"}
 
 
 @app.get("/api/v1/trades")
-def trades():
+@takes(query=Page)
+def trades(page: Page) -> TradesAnswer:
     """Your trades, newest first, a page at a time.
 
     Follow `next_cursor` until it is `null`: nothing is skipped or repeated, whoever trades meanwhile.
     """
-    page = query(Page)
     if page.cursor:
         last = Trade.of(g.user_id, page.cursor)
         if last is None:
             raise invalid([{"field": "cursor", "message": "must be the `next_cursor` of a page of yours"}])
         page.run = page.run or last.run  # The run that the first page was of, if a new one began since.
-    rows = Trade.page(g.user_id, **page.model_dump(exclude={"limit"}), limit=page.limit + 1)
-    shown = rows[: page.limit]
+    found = Trade.page(g.user_id, **page.model_dump(exclude={"limit"}), limit=page.limit + 1)
+    shown = found[: page.limit]
     return {
-        "trades": [Trade.to_dict(row) for row in shown],
-        "next_cursor": str(shown[-1].id) if len(rows) > page.limit else None,
+        "trades": [trade.to_dict() for trade in shown],
+        "next_cursor": str(shown[-1].id) if len(found) > page.limit else None,
     }
 
 
+CSV_COLUMNS = ["id", "run", "timestamp"]
+CSV_COLUMNS += [n for n in TradeAnswer.__annotations__ if n not in (*CSV_COLUMNS, "user_id", "dry_run")]
+
+
 @app.get("/api/v1/trades.csv")
-def trades_csv():
+@takes(query=Filters)
+def trades_csv(filters: Filters) -> Annotated[Response, "text/csv"]:
     """All your trades that pass the filters, newest first, as CSV."""
-    filters = query(Filters).model_dump()
-    filters["run"] = filters["run"] or g.account.run  # One run from end to end.
+    chosen = filters.model_dump()
+    chosen["run"] = chosen["run"] or g.account.run  # One run from end to end.
 
     def lines() -> Iterator[str]:
         cursor, size = None, 1000
-        yield ",".join(Trade.CSV_COLUMNS) + "\r\n"
-        while rows := Trade.page(g.user_id, **filters, cursor=cursor, limit=size):
+        yield ",".join(CSV_COLUMNS) + "\r\n"
+        while found := Trade.page(g.user_id, **chosen, cursor=cursor, limit=size):
             text = io.StringIO()
-            csv.writer(text).writerows(Trade.to_csv(row) for row in rows)
+            csv.writer(text).writerows(map(csv_row, found))
             yield text.getvalue()
-            cursor = rows[-1].id
+            cursor = found[-1].id
 
     return Response(
         stream_with_context(lines()),
@@ -755,60 +690,74 @@ def trades_csv():
     )
 
 
+def csv_row(trade: Trade) -> list[str]:
+    """The trade as a line of CSV, its numbers and times written as in JSON."""
+    write = {Decimal: plain, datetime: iso}
+    shown = trade.to_dict()
+    return [write.get(type(shown[name]), lambda value: value)(shown[name]) for name in CSV_COLUMNS]
+
+
 @app.get("/api/v1/trades/<id>")
-def one_trade(id: str):
+@takes()
+@refuses("not_found")
+def one_trade(id: str) -> TradeAnswer:
     """One of your trades."""
-    query(NoOptions)
-    row = Trade.of(g.user_id, int(id)) if re.fullmatch("[0-9]{1,18}", id) else None
-    if row is None:
+    trade = Trade.of(g.user_id, int(id)) if re.fullmatch("[0-9]{1,18}", id) else None
+    if trade is None:
         raise Refused("not_found", f"You have no trade {id}.")
-    return Trade.to_dict(row)
+    return trade.to_dict()
+
+
+# How a bot did, and starting over.
 
 
 @app.post("/api/v1/account/reset")
-def reset():
+@takes(Reset, body_may_miss=True)
+@refuses("outcome_unknown")
+def reset(start: Reset) -> RunAnswer:
     """Start over: a new run of the account, with `cash` dollars and no holdings.
 
     The key stays, and so do the trades of earlier runs.
     """
-    query(NoOptions)
-    start = read(Reset) if body() else Reset()
-    with Account.locked(g.user_id, g.key_hash) as (account, _, _):
-        account.start_over(start.cash, market.time(Controls(account.market_clock)))
+    cash = settings.STARTING_CASH if start.cash is None else start.cash
+    with transaction(g.user_id):
+        account = Account.locked(g.user_id, g.key_hash)
+        account.start_over(cash, market.time(account))
     return {"user_id": g.user_id, "run": account.run, "cash_balance": account.cash_balance}
 
 
 @app.get("/api/v1/account/history")
-def account_history():
+@takes(query=RunOption)
+@refuses("not_found")
+def account_history(options: RunOption) -> HistoryAnswer:
     """How a run went: one point of the equity curve a trade and one for now, and a summary.
 
     Past holdings are valued at what the market asked then: the recorded bar or the pin of that moment
     on the sample market, the last quote that this server had published by then on the live one.
     """
-    run = query(RunOption).run
     books = Books.of(g.user_id)
-    run = run or books.account.run
+    run = options.run or books.account.run
     if run not in books.runs:
         raise Refused("not_found", f"Your account has no run {run}.")
     portfolio = None
     if run == books.account.run:
-        quotes = market.quotes([holding.ticker for holding in books.holdings], g.controls)
+        quotes = market.quotes([holding.ticker for holding in books.holdings], g.account)
         portfolio = books.account.portfolio(books.holdings, quotes)
     past_price = market.past(g.user_id, {trade.ticker for trade in books.trades.get(run, [])})
-    return books.history(run, past_price, portfolio, market.time(g.controls))
+    return books.history(run, past_price, portfolio, market.time(g.account))
 
 
 @app.get("/api/v1/account/audit")
-def audit():
+@takes()
+def audit() -> AuditAnswer:
     """Whether your books hold: every trade replayed from the start, and compared to the last digit."""
-    query(NoOptions)
     return Books.of(g.user_id).audit()
 
 
 @app.get("/api/v1/rules")
-def rules():
+@takes()
+def rules() -> RulesAnswer:
     """The rules of trading, the costs, limits, scales and price sources in force."""
-    query(NoOptions)
     return {
         "rules": [
             "A buy's price must be at or above the market price, a sell's at or below it.",
@@ -829,167 +778,57 @@ def rules():
             "body_bytes": app.config["MAX_CONTENT_LENGTH"],
         },
         "scales": {"quantity": 8, "price": 8, "total_amount": 8, "percent": 2},
-        "starting_cash": STARTING_CASH,
+        "starting_cash": settings.STARTING_CASH,
         "price_sources": PRICE_SOURCES,
-        "price_cache_seconds": BAR_SECONDS if market.is_sample else PRICE_CACHE_SECONDS,
+        "price_cache_seconds": BAR_SECONDS if market.is_sample else settings.PRICE_CACHE_SECONDS,
     }
-
-
-# The sample market, under the control of each account for itself.
-
-
-def need_sample_market() -> None:
-    if not market.is_sample:
-        raise Refused("market_is_live", "Only the sample market can be controlled: PRICE_SOURCES=sample.")
-
-
-def drilled_fault() -> str | None:
-    """The fault that the header `X-Simulate-Fault` asks for; some happen at once, in here."""
-    fault = request.headers.get(FAULT)
-    if fault is None:
-        return None
-    need_sample_market()
-    if latency := re.fullmatch("latency=([0-9]{1,5})", fault):
-        if not g.get("has_slept"):  # Once, however often the request is tried.
-            g.has_slept = True
-            time.sleep(min(int(latency[1]), 10_000) / 1000)
-    elif fault == "price_unavailable":
-        raise Refused("price_unavailable", "A drill: no source gave a price in time.")
-    elif fault == "rate_limited":
-        raise Refused("rate_limited", "A drill: you ask too often.")
-    elif fault not in ("error_before_commit", "error_after_commit"):
-        raise invalid(
-            [
-                {
-                    "field": FAULT,
-                    "message": "must be price_unavailable, rate_limited, error_before_commit, "
-                    "error_after_commit or latency=MILLISECONDS",
-                }
-            ]
-        )
-    return fault
-
-
-def market_under(controls: Controls) -> dict:
-    return {
-        "source": market.name,
-        "clock": "manual" if controls.clock else "wall",
-        "now": iso(market.time(controls)),
-        "first_bar": iso(market.bars[0]),
-        "last_bar": iso(market.bars[-1]),
-        "tickers": sorted(market.closes),
-        "pins": controls.pins,
-    }
-
-
-@app.get("/api/v1/market")
-def market_state():
-    """Your sample market: its clock, its recorded time, its tickers and the prices that you pinned."""
-    query(NoOptions)
-    need_sample_market()
-    return market_under(g.controls)
-
-
-@app.put("/api/v1/market/clock")
-def set_clock():
-    """Stop your clock at a bar of the recorded past, or let it run again (`null`).
-
-    Between two bars it stops at the earlier one.
-    """
-    query(NoOptions)
-    need_sample_market()
-    at = read(Clock).at
-    if at and not market.bars[0] <= at <= market.bars[-1]:
-        span = f"from {iso(market.bars[0])} to {iso(market.bars[-1])}"
-        raise invalid([{"field": "at", "message": f"must be a time {span}"}])
-    with Account.locked(g.user_id, g.key_hash) as (account, _, _):
-        account.change(market_clock=at and market.bar_at(at))
-        controls = account.controls()
-    return market_under(controls)
-
-
-@app.post("/api/v1/market/advance")
-def advance():
-    """Move your stopped clock on by some bars; past the last one it does not go."""
-    query(NoOptions)
-    need_sample_market()
-    bars = (read(Advance) if body() else Advance()).bars
-    with Account.locked(g.user_id, g.key_hash) as (account, _, _):
-        if account.market_clock is None:
-            raise Refused("clock_is_running", "Stop the clock first: PUT /api/v1/market/clock.")
-        account.change(market_clock=market.bar_after(account.market_clock, bars))
-        controls = account.controls()
-    return market_under(controls)
-
-
-@app.put("/api/v1/market/prices/<ticker>")
-def pin_price(ticker: str):
-    """Pin the price of a ticker, in dollars, for your account alone."""
-    query(NoOptions)
-    need_sample_market()
-    return pinned(ticker, read(PinnedPrice).price)
-
-
-@app.delete("/api/v1/market/prices/<ticker>")
-def unpin_price(ticker: str):
-    """Let a pinned price go again."""
-    query(NoOptions)
-    need_sample_market()
-    return pinned(ticker, None)
-
-
-def pinned(ticker: str, price: Decimal | None):
-    ticker = checked(PathTicker, {"ticker": ticker}).ticker
-    if ticker not in market.closes:
-        raise no_such_ticker(ticker)
-    with Account.locked(g.user_id, g.key_hash) as (account, _, _):
-        account.pin(ticker, price)
-        controls = account.controls()
-    return market_under(controls)
 
 
 # For whoever runs the server; `admit` lets only the admin's key come here.
 
 
 @app.post("/api/v1/users")
-def open_account():
+@takes(NewAccount)
+@refuses("already_exists", "outcome_unknown")
+def open_account(new: NewAccount) -> tuple[OpenedAccount, Literal[201]]:
     """Open an account and answer its API key, this once."""
-    query(NoOptions)
-    new = read(NewAccount)
-    user_id, api_key = User.open(new.email, new.cash, new.key)
-    return {"user_id": user_id, "email": new.email, "cash_balance": new.cash, "api_key": api_key}, 201
+    cash = settings.STARTING_CASH if new.cash is None else new.cash
+    user_id, api_key = User.open(new.email, cash, new.key)
+    return {"user_id": user_id, "email": new.email, "cash_balance": cash, "api_key": api_key}, 201
 
 
 @app.get("/api/v1/users")
-def accounts():
+@takes()
+def accounts() -> UsersAnswer:
     """Every account, closed ones too."""
-    query(NoOptions)
-    return {"users": [User.to_dict(user) for user in User.all()]}
+    return {"users": [user.to_dict(cash) for user, cash in User.all()]}
 
 
 @app.post("/api/v1/users/<int(max=9223372036854775807):user_id>/rotate-key")
-def new_key(user_id: int):
+@takes()
+@refuses("not_found", "outcome_unknown")
+def new_key(user_id: int) -> NewKey:
     """Give an account a new API key, answered this once; the old one is refused from now on."""
-    query(NoOptions)
     return {"user_id": user_id, "api_key": User.rotate_key(user_id)}
 
 
 @app.delete("/api/v1/users/<int(max=9223372036854775807):user_id>")
-def close_account(user_id: int):
+@takes()
+@refuses("not_found", "outcome_unknown")
+def close_account(user_id: int) -> ClosedAccount:
     """Close an account: its key is refused from now on, its trades stay."""
-    query(NoOptions)
     User.close(user_id)
     return {"user_id": user_id, "closed": True}
 
 
 @app.get("/")
-def dashboard():
+def dashboard() -> Annotated[Response, "text/html"]:
     """The dashboard: a page to look at an account and to trade by hand."""
     return page("index.html")
 
 
 @app.get("/docs")
-def docs():
+def docs() -> Annotated[Response, "text/html"]:
     """The API to read and to try out with your key, in the browser."""
     return page("docs.html")
 
@@ -1012,13 +851,13 @@ app.register_blueprint(Blueprint("docs", "app", static_folder=swagger_ui, static
 
 @app.get("/openapi.json")
 @cache
-def openapi_json():
+def openapi_json() -> dict:
     """This API as an OpenAPI 3.1 document, made from the program itself."""
-    return openapi.document(app, VERSION, STATUS)
+    return openapi.Document(app, VERSION, STATUS).document
 
 
 @app.get("/health")
-def health():
+def health() -> tuple[HealthAnswer, Literal[200, 503]]:
     """Whether the server and its database work, and what this process has seen so far.
 
     Never waits for a price source, and half a second at the most for the database.
@@ -1028,10 +867,10 @@ def health():
     memory, started = psutil.virtual_memory(), process_started(os.getpid())
     return {
         "status": "healthy" if healthy else "unhealthy",
-        "timestamp": iso(now()),
+        "timestamp": now(),
         "version": VERSION,
         "uptime_seconds": round((now() - started).total_seconds()),
-        "process": {"pid": os.getpid(), "started_at": iso(started)},
+        "process": {"pid": os.getpid(), "started_at": started},
         "server_info": {
             "platform": platform.system(),
             "platform_version": platform.release(),
@@ -1044,7 +883,7 @@ def health():
         },
         "database": database,
         "prices": market.health(),
-        "requests": gate.seen.health(),
+        "requests": gate.health(),
     }, 200 if healthy else 503
 
 
@@ -1056,7 +895,7 @@ def process_started(pid: int) -> datetime:
 pinging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ping")
 
 
-def database_health() -> dict:
+def database_health() -> DatabaseHealth:
     """Ping the database in a thread of its own: one that hangs must not hang this answer as well."""
 
     database = db.engine
@@ -1103,7 +942,9 @@ app.cli.add_command(users)
 
 @users.command("add")
 @click.argument("email")
-@click.option("--cash", default=plain(STARTING_CASH), show_default=True, help="Dollars to begin with.")
+@click.option(
+    "--cash", default=plain(settings.STARTING_CASH), show_default=True, help="Dollars to begin with."
+)
 @click.option("--key", help="The API key; without it one is made.")
 def add_user(email: str, cash: str, key: str | None):
     """Open an account for EMAIL and print its API key, once."""
@@ -1116,9 +957,9 @@ def add_user(email: str, cash: str, key: str | None):
 @users.command("list")
 def list_users():
     """List the accounts: id, email, cash, and whether it is closed."""
-    for user in User.all():
+    for user, cash in User.all():
         closed = f"  closed {iso(user.closed_at)}" if user.closed_at else ""
-        click.echo(f"{user.id:>6}  {user.email:<40} {plain(user.cash_balance):>20}{closed}")
+        click.echo(f"{user.id:>6}  {user.email:<40} {plain(cash):>20}{closed}")
 
 
 @users.command("rotate-key")
@@ -1140,7 +981,7 @@ def close_user(email: str):
 def audit_all():
     """Replay every trade of every account and compare the books to the last digit."""
     differences = count = 0
-    for user in User.all():
+    for user, _ in User.all():
         report = Books.of(user.id).audit()
         count += report["trades"]
         differences += len(report["differences"])
@@ -1182,9 +1023,9 @@ def prepare() -> None:
     """
     if DATABASE_URL == EMBEDDED:
         upgrade()
-        if not public.ON_HOST and not User.with_key(User.hash(TEST_KEY)):
+        if not public.ON_HOST and not Account.with_key(User.hash(TEST_KEY)):
             with suppress(Refused):
-                User.open(TEST_USER, STARTING_CASH, TEST_KEY)
+                User.open(TEST_USER, settings.STARTING_CASH, TEST_KEY)
     claim_database()
 
 
@@ -1202,14 +1043,14 @@ def serve() -> None:
     try:
         with app.app_context():
             prepare()
-        server = make_server(HOST, PORT, app, threaded=True, request_handler=Handler)
+        server = make_server(settings.HOST, settings.PORT, app, threaded=True, request_handler=Handler)
     except Refused as refusal:
         sys.exit(refusal.detail)
     except DBAPIError as error:
         sys.exit(database_says(error))
     except OSError as error:
-        sys.exit(f"HOST={HOST} PORT={PORT} cannot be served: {error}")
-    url = f"http://{HOST}:{PORT}"
+        sys.exit(f"HOST={settings.HOST} PORT={settings.PORT} cannot be served: {error}")
+    url = f"http://{settings.HOST}:{settings.PORT}"
     print(
         f"Serving {', '.join(PRICE_SOURCES)} prices on {url}. Try: "
         f"curl -H 'Authorization: Bearer {TEST_KEY}' {url}/api/v1/price/AAPL",

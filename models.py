@@ -1,8 +1,8 @@
 """The ledger: who has an account, what is in it, and every trade that was ever booked.
 
-Read `Order` first (what a bot asks for), then `Account` (what may happen to its money: `locked`, `fill`,
-`record`), then `Trade` (what remains of it for ever). How statements reach the database is in
-`database.py`. Nothing here knows of HTTP or of where prices come from.
+Read `Account` first (what may happen to its money: `locked`, `fill`, `book`), then `Holding` and `Trade`
+(what remains for ever), then `Books`, which proves it all. The rules are methods of the mapped classes and
+touch no database. Nothing here knows of HTTP or of where prices come from.
 
 The books obey one equation for each run of each account, to the last digit, always:
 
@@ -10,43 +10,88 @@ The books obey one equation for each run of each account, to the last digit, alw
 """
 
 import hashlib
-import re
 import secrets
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from collections import defaultdict, namedtuple
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal, DefaultContext, setcontext
-from functools import lru_cache
-from typing import Annotated, Literal
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
+from functools import cache
+from typing import Annotated, NotRequired
 
 import sqlalchemy as sa
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, bindparam
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    Index,
+    PoolProxiedConnection,
+    UniqueConstraint,
+    bindparam,
+)
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, make_transient_to_detached, mapped_column
+from typing_extensions import TypedDict
 
-from database import EXACT, SNAPSHOT, UtcDateTime, commit, connected, db, send, transaction, turn
+from database import (
+    EXACT,
+    LIMITS,
+    NAME_IS_TAKEN,
+    NO_SUCH_NAME,
+    UtcDateTime,
+    as_sqlalchemy_has_it,
+    db,
+    snapshot,
+    transaction,
+)
+from messages import (
+    ACCOUNT_LIMIT,
+    ORDER_LIMIT,
+    UNIT,
+    Action,
+    Dollars,
+    Order,
+    Percent,
+    Price,
+    Refused,
+    RunNumber,
+    Shares,
+    Source,
+    Symbol,
+    Time,
+    UserNumber,
+    means,
+    plain,
+    unauthorized,
+)
 
-# -------------------------------------------------------------------------------------------- Units
+# ------------------------------------------------------------------------------------------- Units
 
-UNIT, CENT, HUNDRED = Decimal("0.00000001"), Decimal("0.01"), Decimal(100)
-"""`UNIT` is the smallest step of every amount, price and quantity: 8 decimals."""
+Amount = Annotated[Decimal, mapped_column(EXACT)]
+"""Dollars, with 8 decimals."""
 
-ORDER_LIMIT = Decimal(10_000_000_000)
-"""An order's quantity and price stay below this."""
+Quantity = Annotated[Decimal, mapped_column(EXACT)]
+"""Shares or coins, with 8 decimals."""
 
-ACCOUNT_LIMIT = Decimal(90_000_000_000)
-"""An account's cash, and the quantity and the cost of each of its holdings, stay below this.
+Moment = Annotated[datetime, mapped_column(UtcDateTime)]
+"""A moment in UTC."""
 
-SQLite keeps amounts as integers of 10^-8, and 9.22e18 is the largest integer that it has.
-"""
+Id = Annotated[int, mapped_column(BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True)]
+"""A number that grows with each row. SQLite counts only a column that is called INTEGER."""
 
-DefaultContext.prec = 60
-setcontext(DefaultContext)
-"""Two amounts multiply to 38 digits, and Python's 28 would round some away. Every thread that begins
-after this line takes its precision from `DefaultContext`."""
+UserId = Annotated[int, mapped_column(ForeignKey("ibkr_users.id"))]
+
+
+def within(name: str, low: Decimal | int, high: Decimal) -> CheckConstraint:
+    """A CHECK that `low` <= the column `name` < `high`. The upper bound also keeps NaN out."""
+    column = sa.column(name, EXACT)
+    return CheckConstraint(sa.and_(column >= Decimal(low), column < high), name=name)
+
+
+def now() -> datetime:
+    """The time, in UTC."""
+    return datetime.now(UTC)
 
 
 def rounded(amount: Decimal, rounding: str = ROUND_HALF_EVEN) -> Decimal:
@@ -62,178 +107,29 @@ def value_of(quantity: Decimal, price: Decimal, rounding: str = ROUND_FLOOR) -> 
     return rounded(quantity * price, rounding)
 
 
+CENT, HUNDRED = Decimal("0.01"), Decimal(100)
+
+
 def percent(part: Decimal, whole: Decimal) -> Decimal | None:
     """`part` of `whole` in percent, to 2 decimals; of nothing there is no percentage."""
     return (part * HUNDRED / whole).quantize(CENT) if whole else None
 
 
-def plain(number: Decimal) -> str:
-    """The exact digits of `number`: no exponent, no trailing zeros, no minus before a zero."""
-    if not number:
-        return "0"
-    text = str(number)
-    if "E" in text:
-        text = f"{number:f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+# ------------------------------------------------------------------------------------------- Users
 
 
-def now() -> datetime:
-    """The time, in UTC."""
-    return datetime.now(UTC)
+class UserAnswer(TypedDict):
+    """An account as the admin sees it."""
+
+    user_id: UserNumber
+    email: Annotated[str, means("Email address", examples=["alice@example.com"])]
+    created_at: Annotated[Time, means("When the account was opened")]
+    closed_at: Annotated[Time | None, means("When it was closed")]
+    cash_balance: Dollars
 
 
-@lru_cache
-def iso(moment: datetime | None) -> str | None:
-    """`moment` as RFC 3339, in UTC, ending in `Z`."""
-    return moment and moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
-
-
-def moment_from(text: str) -> datetime:
-    """The moment in an RFC 3339 text such as `2012-06-01T00:00:00Z`, in UTC; else ValueError."""
-    if not isinstance(text, str) or not re.fullmatch(
-        r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})",
-        text,
-    ):
-        raise ValueError("must be a time such as 2012-06-01T00:00:00Z")
-    try:
-        return datetime.fromisoformat(text.upper()).astimezone(UTC)
-    except OverflowError as error:
-        raise ValueError("must be a year from 1 to 9999") from error
-
-
-Amount = Annotated[Decimal, mapped_column(EXACT)]
-"""Dollars, with 8 decimals."""
-
-Quantity = Annotated[Decimal, mapped_column(EXACT)]
-"""Shares or coins, with 8 decimals."""
-
-Time = Annotated[datetime, mapped_column(UtcDateTime)]
-"""A moment in UTC."""
-
-Id = Annotated[int, mapped_column(BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True)]
-"""A number that grows with each row. SQLite counts only a column that is called INTEGER."""
-
-UserId = Annotated[int, mapped_column(ForeignKey("ibkr_users.id"))]
-
-
-def within(name: str, low: Decimal | int, high: Decimal) -> CheckConstraint:
-    """A CHECK that `low` <= the column `name` < `high`. The upper bound also keeps NaN out."""
-    column = sa.column(name, EXACT)
-    return CheckConstraint(sa.and_(column >= Decimal(low), column < high), name=name)
-
-
-# ------------------------------------------------------------------------------------------- Orders
-
-
-class Refused(Exception):
-    """A "no", with the reason in a sentence and its numbers: `Refused(code, detail, required=...)`."""
-
-    def __init__(self, code: str, detail: str, **members):
-        super().__init__(detail)
-        self.code, self.detail, self.members = code, detail, members
-
-
-def unauthorized() -> Refused:
-    return Refused("unauthorized", "Send your API key: `Authorization: Bearer <key>`.")
-
-
-TICKER = r"[.\-=^]*[A-Za-z0-9][A-Za-z0-9.\-=^]*"
-EMAIL = "[!-?A-~]+@[!-?A-~]+"
-API_KEY = "[!-~]{8,255}"
-
-
-def checked_ticker(text: str) -> str:
-    """`text` in upper case, if it can be a ticker. Checked first: `"ı".upper()` is `"I"`."""
-    if len(text) > 20 or not re.fullmatch(TICKER, text):
-        raise ValueError("must be 1 to 20 letters, digits and . - = ^")
-    return text.upper()
-
-
-def checked_decimal(value) -> Decimal:
-    """The Decimal in a JSON number (which was parsed as one) or in a string of plain digits."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
-        value = Decimal(value)
-    if not isinstance(value, Decimal):
-        raise ValueError("must be a number or a decimal string")
-    return value
-
-
-def checked_scale(value: Decimal) -> Decimal:
-    if value != rounded(value):
-        raise ValueError("must have at most 8 decimals")
-    return rounded(value)
-
-
-def checked_amount(value) -> Decimal:
-    """An order's quantity or price."""
-    value = checked_decimal(value)
-    if not 0 < value < ORDER_LIMIT:
-        raise ValueError(f"must be above 0 and below {ORDER_LIMIT}")
-    return checked_scale(value)
-
-
-def checked_cash(value) -> Decimal:
-    """What an account begins with, in dollars."""
-    value = checked_decimal(value)
-    if not 0 <= value < ACCOUNT_LIMIT:
-        raise ValueError(f"must be from 0 to below {ACCOUNT_LIMIT}")
-    return abs(checked_scale(value))  # JSON knows -0
-
-
-def checked_email(text: str) -> str:
-    if len(text) > 254 or not re.fullmatch(EMAIL, text):
-        raise ValueError("must be an email address such as alice@example.com")
-    return text.lower()
-
-
-def checked_key(text: str) -> str:
-    if not re.fullmatch(API_KEY, text):
-        raise ValueError("must be 8 to 255 printable ASCII characters without spaces")
-    return text
-
-
-def text_like(pattern: str, **more) -> WithJsonSchema:
-    """What a check says, for /openapi.json."""
-    return WithJsonSchema({"type": "string", "pattern": f"^{pattern}$", **more})
-
-
-def number_below(limit: Decimal, **more) -> WithJsonSchema:
-    number = {"type": "number", "exclusiveMaximum": int(limit), "multipleOf": 1e-8, **more}
-    not_zero = r"(?!0+(\.0+)?$)" if "exclusiveMinimum" in more else ""
-    digits = {"type": "string", "pattern": rf"^{not_zero}[0-9]{{1,10}}(\.[0-9]{{1,8}})?$"}
-    return WithJsonSchema({"anyOf": [number, digits]})
-
-
-Ticker = Annotated[str, AfterValidator(checked_ticker), text_like(TICKER, maxLength=20, examples=["AAPL"])]
-Action = Literal["buy", "sell"]
-OrderAmount = Annotated[
-    Decimal, BeforeValidator(checked_amount), number_below(ORDER_LIMIT, exclusiveMinimum=0)
-]
-Cash = Annotated[Decimal, BeforeValidator(checked_cash), number_below(ACCOUNT_LIMIT, minimum=0)]
-Email = Annotated[str, AfterValidator(checked_email), text_like(EMAIL, maxLength=254)]
-ApiKey = Annotated[str, AfterValidator(checked_key), text_like(API_KEY)]
-Moment = Annotated[datetime, BeforeValidator(moment_from)]
-
-
-class Order(BaseModel):
-    """What a bot asks for."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    ticker: Ticker = Field(description="What to trade", examples=["AAPL"])
-    action: Action
-    quantity: OrderAmount = Field(description="Shares or coins", examples=["10"])
-    price: OrderAmount = Field(
-        None,
-        description="Dollars each: the most to pay, or the least to take. Without it: the market price",
-        examples=["150.25"],
-    )
-
-    def __str__(self) -> str:
-        return f"{self.action} {plain(self.quantity)} {self.ticker} at {self.price or 'the market'}"
-
-
-# ------------------------------------------------------------------------------------------- Tables
+class UsersAnswer(TypedDict):
+    users: list[UserAnswer]
 
 
 class User(db.Model):
@@ -245,115 +141,90 @@ class User(db.Model):
     id: Mapped[Id]
     email: Mapped[str] = mapped_column(sa.String(254), unique=True)
     api_key_hash: Mapped[str] = mapped_column(sa.String(64), unique=True)
-    created_at: Mapped[Time]
-    closed_at: Mapped[Time | None]
+    created_at: Mapped[Moment]
+    closed_at: Mapped[Moment | None]
 
     @staticmethod
     def hash(api_key: str) -> str:
         return hashlib.sha256(api_key.encode()).hexdigest()
 
     @classmethod
-    def with_key(cls, key_hash: str) -> tuple | None:
-        """The account of whoever has this key: user_id, cash_balance, run, market_clock, pin_changes.
-
-        The hash is looked up, so timing tells nothing of the key.
-        """
-        with connected() as connection:
-            found = send(connection, USER_WITH_KEY, key_hash=key_hash)
-        return found[0] if found else None
-
-    @classmethod
     def open(cls, email: str, cash: Decimal, api_key: str | None = None) -> tuple[int, str]:
-        """Make a user and the balance, both or neither, and answer the id and the API key."""
+        """Make a user and the account, both or neither, and answer the id and the API key."""
         api_key = api_key or secrets.token_hex(32)
+        user = cls(email=email, api_key_hash=cls.hash(api_key), created_at=now())
         try:
-            with transaction() as (connection, _):
-                user_id = connection.scalar(
-                    sa.insert(cls).returning(cls.id),
-                    {"email": email, "api_key_hash": cls.hash(api_key), "created_at": now()},
-                )
-                connection.execute(
-                    sa.insert(Balance),
-                    {
-                        "user_id": user_id,
-                        "cash_balance": cash,
-                        "starting_cash": cash,
-                        "run": 1,
-                        "updated_at": now(),
-                    },
-                )
+            with transaction():
+                db.session.add(user)
+                db.session.flush()  # Which gives it its id.
+                cash = {"cash_balance": cash, "starting_cash": cash}
+                db.session.add(Account(user_id=user.id, run=1, updated_at=now(), pin_changes=0, **cash))
         except IntegrityError as taken:
             raise Refused("already_exists", f"The email {email} or its API key is already in use.") from taken
-        return user_id, api_key
+        return user.id, api_key
 
     @classmethod
     def id_of(cls, email: str) -> int:
         """The id of the open account of `email`; `Refused` if there is none."""
-        with connected() as connection:
-            user_id = connection.scalar(
-                sa.select(cls.id).where(cls.email == email.lower(), cls.closed_at.is_(None))
-            )
+        user_id = db.session.scalar(sa.select(cls.id).filter_by(email=email.lower(), closed_at=None))
         if user_id is None:
             raise Refused("not_found", f"There is no open account of {email}.")
         return user_id
 
     @classmethod
-    def all(cls) -> Sequence[sa.Row]:
+    def all(cls) -> Sequence[tuple["User", Decimal]]:
         """Every user with the cash in the account, in the order of their ids."""
-        columns = (cls.id, cls.email, cls.created_at, cls.closed_at, Balance.cash_balance)
-        with connected() as connection:
-            return connection.execute(sa.select(*columns).join(Balance).order_by(cls.id)).all()
+        return db.session.execute(sa.select(cls, Account.cash_balance).join(Account).order_by(cls.id)).all()
 
     @classmethod
     def rotate_key(cls, user_id: int) -> str:
         """Give the user a new API key and answer it; the old one is refused from now on."""
         api_key = secrets.token_hex(32)
-        cls.change(user_id, lambda: {"api_key_hash": cls.hash(api_key)})
+        with transaction(user_id):
+            cls.locked(user_id).api_key_hash = cls.hash(api_key)
         return api_key
 
     @classmethod
     def close(cls, user_id: int) -> None:
         """Close the account: its key is refused from now on, its trades stay."""
-        cls.change(user_id, lambda: {"closed_at": now()})
+        with transaction(user_id):
+            user = cls.locked(user_id)
+            user.closed_at = now()
 
     @classmethod
-    def change(cls, user_id: int, values: Callable[[], dict]) -> None:
-        """Write the `values` of the moment at which no trade of the user is under way."""
-        with turn(user_id), transaction(LOCK_ACCOUNT, user_id=user_id) as (connection, _):
-            is_open = (cls.id == user_id) & cls.closed_at.is_(None)
-            if not connection.execute(sa.update(cls).where(is_open).values(values())).rowcount:
-                raise Refused("not_found", f"There is no open account with the id {user_id}.")
+    def locked(cls, user_id: int) -> "User":
+        """The user, at a moment when no trade of his is under way; `Refused` if there is no open account."""
+        account = db.session.get(Account, user_id, with_for_update=True)
+        user = account and db.session.get(cls, user_id)
+        if not user or user.closed_at:
+            raise Refused("not_found", f"There is no open account with the id {user_id}.")
+        return user
 
-    @staticmethod
-    def to_dict(user: sa.Row) -> dict:
-        """What the admin sees of a row of `all`."""
+    def to_dict(self, cash_balance: Decimal) -> UserAnswer:
         return {
-            "user_id": user.id,
-            "email": user.email,
-            "created_at": iso(user.created_at),
-            "closed_at": iso(user.closed_at),
-            "cash_balance": user.cash_balance,
+            "user_id": self.id,
+            "email": self.email,
+            "created_at": self.created_at,
+            "closed_at": self.closed_at,
+            "cash_balance": cash_balance,
         }
 
 
-class Balance(db.Model):
-    """A user's cash. An `Account` is one in memory, and has the rules by which it changes.
+# ---------------------------------------------------------------------------------------- Holdings
 
-    `run` counts how often the account has started over; `starting_cash` is what this run began with.
-    `market_clock` and `pin_changes` are its controls of the sample market, see `Controls`.
-    """
 
-    __tablename__ = "ibkr_balances"
+class HoldingAnswer(TypedDict):
+    """A holding at the market; `null` where that needs a price and there is none."""
 
-    user_id: Mapped[UserId] = mapped_column(primary_key=True)
-    cash_balance: Mapped[Amount]
-    starting_cash: Mapped[Amount]
-    run: Mapped[int]
-    updated_at: Mapped[Time]
-    market_clock: Mapped[Time | None]
-    pin_changes: Mapped[int] = mapped_column(server_default="0")
-
-    __table_args__ = (within("cash_balance", 0, ACCOUNT_LIMIT), within("starting_cash", 0, ACCOUNT_LIMIT))
+    ticker: Symbol
+    quantity: Shares
+    average_price: Annotated[Price, means("Cost basis / quantity, in dollars")]
+    cost_basis: Annotated[Dollars, means("What the holding cost, with commission, in dollars")]
+    current_price: Annotated[Price | None, means("What the market asks now, in dollars")]
+    market_value: Annotated[Dollars | None, means("What a sale would bring, in dollars")]
+    unrealized_pnl: Annotated[Dollars | None, means("Its profit, in dollars")]
+    unrealized_pnl_percent: Annotated[Percent | None, means("Its profit, in percent of the cost basis")]
+    price_timestamp: Annotated[Time | None, means("When `current_price` was taken")]
 
 
 class Holding(db.Model):
@@ -365,30 +236,78 @@ class Holding(db.Model):
     ticker: Mapped[str] = mapped_column(sa.String(20), primary_key=True)
     quantity: Mapped[Quantity]
     cost_basis: Mapped[Amount]
-    updated_at: Mapped[Time]
+    updated_at: Mapped[Moment]
 
     __table_args__ = (within("quantity", UNIT, ACCOUNT_LIMIT), within("cost_basis", 0, ACCOUNT_LIMIT))
 
-    @staticmethod
-    def to_dict(holding: tuple, quote: "Quote | None") -> dict:
-        """A row valued at `quote`, in dollars; `None` where that needs a price and there is none."""
-        value = quote and value_of(holding.quantity, quote.price)
-        profit = quote and value - holding.cost_basis
+    @classmethod
+    def none(cls, user_id: int, ticker: str) -> "Holding":
+        """What somebody holds who has none of `ticker`."""
+        return cls(user_id=user_id, ticker=ticker, quantity=Decimal(0), cost_basis=Decimal(0))
+
+    def add(self, quantity: Decimal, cost: Decimal) -> None:
+        """Put `quantity` in, which cost `cost` dollars, commission included."""
+        if max(self.quantity + quantity, self.cost_basis + cost) >= ACCOUNT_LIMIT:
+            raise Refused(
+                "limit_exceeded",
+                f"A holding stays below {ACCOUNT_LIMIT} shares and dollars of cost.",
+                limit=ACCOUNT_LIMIT,
+            )
+        self.quantity += quantity
+        self.cost_basis += cost
+
+    def cost_of(self, quantity: Decimal) -> Decimal:
+        """What `quantity` of it cost: its share, and for the last share all that is left."""
+        if quantity == self.quantity:
+            return self.cost_basis
+        return rounded(self.cost_basis * quantity / self.quantity)
+
+    def remove(self, quantity: Decimal, cost: Decimal) -> None:
+        self.quantity -= quantity
+        self.cost_basis -= cost
+
+    def to_dict(self, quote: "Quote | None") -> HoldingAnswer:
+        """Valued at `quote`, in dollars. Of `self` it needs no more than a row of the table has."""
+        value = quote and value_of(self.quantity, quote.price)
+        profit = quote and value - self.cost_basis
         return {
-            "ticker": holding.ticker,
-            "quantity": holding.quantity,
-            "average_price": rounded(holding.cost_basis / holding.quantity),
-            "cost_basis": holding.cost_basis,
+            "ticker": self.ticker,
+            "quantity": self.quantity,
+            "average_price": rounded(self.cost_basis / self.quantity),
+            "cost_basis": self.cost_basis,
             "current_price": quote and quote.price,
             "market_value": value,
             "unrealized_pnl": profit,
-            "unrealized_pnl_percent": quote and percent(profit, holding.cost_basis),
-            "price_timestamp": quote and iso(quote.timestamp),
+            "unrealized_pnl_percent": quote and percent(profit, self.cost_basis),
+            "price_timestamp": quote and quote.timestamp,
         }
 
 
+# ------------------------------------------------------------------------------------------ Trades
+
+
+class TradeAnswer(TypedDict):
+    """A trade as a bot sees it."""
+
+    id: Annotated[str | None, means("The trade's number; `null` when rehearsed", examples=["42"])]
+    user_id: UserNumber
+    ticker: Symbol
+    trade_type: Action
+    quantity: Shares
+    price: Annotated[Price, means("What it was booked at, in dollars")]
+    total_amount: Annotated[Dollars, means("Quantity x price, in dollars")]
+    commission: Annotated[Dollars, means("What the broker took, in dollars")]
+    realized_pnl: Annotated[Dollars | None, means("The profit of a sale, in dollars")]
+    cash_balance: Annotated[Dollars, means("Cash after it, in dollars")]
+    market_price: Annotated[Price, means("What the market asked, in dollars")]
+    price_source: Source
+    timestamp: Annotated[Time, means("When it was booked")]
+    run: RunNumber
+    dry_run: NotRequired[Annotated[bool, means("Only rehearsed")]]
+
+
 class Trade(db.Model):
-    """One purchase or sale, booked for ever: rows are added, never changed. A `Fill` is one in memory.
+    """One purchase or sale, booked for ever: rows are added, never changed.
 
     `price` is what the trade was booked at, `market_price` what the market asked at that moment; both
     in dollars. `realized_pnl` is the profit of a sale: total - commission - the cost of what was sold.
@@ -411,8 +330,8 @@ class Trade(db.Model):
     market_price: Mapped[Amount]
     price_source: Mapped[str] = mapped_column(sa.String(20))
     idempotency_key: Mapped[str] = mapped_column(sa.String(255))
-    market_time: Mapped[Time]
-    created_at: Mapped[Time]
+    market_time: Mapped[Moment]
+    created_at: Mapped[Moment]
 
     __table_args__ = (
         UniqueConstraint("user_id", "idempotency_key"),
@@ -430,110 +349,156 @@ class Trade(db.Model):
         {"sqlite_autoincrement": True},
     )
 
-    @staticmethod
-    def is_for(trade: tuple, order: Order) -> bool:
-        """Whether a trade came of `order`: the same in meaning, whatever its bytes were."""
-        limit = trade.price if trade.order_type == "limit" else None
-        return (order.ticker, order.action, order.quantity, order.price) == (
-            trade.ticker,
-            trade.trade_type,
-            trade.quantity,
-            limit,
-        )
+    def __str__(self) -> str:
+        """For the log."""
+        price = "the market" if self.order_type == "market" else f"{self.price.normalize():f}"
+        what = f"{self.trade_type} {self.quantity.normalize():f} {self.ticker} at {price}"
+        return f"trade {self.id}: user {self.user_id} {what}"
+
+    def is_for(self, order: Order) -> bool:
+        """Whether it came of `order`: the same in meaning, whatever its bytes were."""
+        limit = self.price if self.order_type == "limit" else None
+        asked = (order.ticker, order.action, order.quantity, order.price)
+        return asked == (self.ticker, self.trade_type, self.quantity, limit)
 
     @classmethod
-    def with_key(cls, user_id: int, key: str) -> tuple | None:
-        """The trade that the user booked under the idempotency key `key`, in any run."""
-        with connected() as connection:
-            found = send(connection, TRADE_WITH_KEY, user_id=user_id, key=key)
-        return found[0] if found else None
-
-    @classmethod
-    def of(cls, user_id: int, trade_id: int) -> sa.Row | None:
+    def of(cls, user_id: int, trade_id: int) -> "Trade | None":
         """The trade `trade_id`, if it is the user's own."""
-        own = (cls.user_id == user_id) & (cls.id == trade_id)
-        with connected() as connection:
-            return connection.execute(sa.select(cls.__table__).where(own)).first()
+        return db.session.scalar(sa.select(cls).filter_by(user_id=user_id, id=trade_id))
 
     @classmethod
-    def page(cls, user_id, *, ticker, action, since, until, run, cursor, limit) -> Sequence[sa.Row]:
+    def page(cls, user_id, *, ticker, action, since, until, run, cursor, limit) -> Sequence["Trade"]:
         """The newest `limit` trades with an id below `cursor`, of one run, that pass the filters.
 
         Paging by id neither skips nor repeats while others trade, and the last page costs no more
         than the first.
         """
         if run is None:
-            run = sa.select(Balance.run).where(Balance.user_id == user_id).scalar_subquery()
-        statement = sa.select(cls.__table__).where(cls.user_id == user_id, cls.run == run)
+            run = sa.select(Account.run).filter_by(user_id=user_id).scalar_subquery()
+        trades = sa.select(cls).where(cls.user_id == user_id, cls.run == run)
         if cursor:
-            statement = statement.where(cls.id < cursor)
+            trades = trades.where(cls.id < cursor)
         if ticker:
-            statement = statement.where(cls.ticker == ticker)
+            trades = trades.where(cls.ticker == ticker)
         if action:
-            statement = statement.where(cls.trade_type == action)
+            trades = trades.where(cls.trade_type == action)
         if since:
-            statement = statement.where(cls.created_at >= since)
+            trades = trades.where(cls.created_at >= since)
         if until:
-            statement = statement.where(cls.created_at < until)
-        with connected() as connection:
-            return connection.execute(statement.order_by(cls.id.desc()).limit(limit)).all()
+            trades = trades.where(cls.created_at < until)
+        return db.session.scalars(trades.order_by(cls.id.desc()).limit(limit)).all()
 
-    CSV_COLUMNS = (
-        "id",
-        "run",
-        "timestamp",
-        "ticker",
-        "trade_type",
-        "quantity",
-        "price",
-        "total_amount",
-        "commission",
-        "realized_pnl",
-        "cash_balance",
-        "market_price",
-        "price_source",
-    )
-
-    @staticmethod
-    def to_csv(trade: sa.Row) -> list[str]:
-        """The trade as a line of CSV, its numbers with the same digits as in JSON."""
-        shown = Trade.to_dict(trade)
-        return [plain(v) if isinstance(v, Decimal) else v for v in map(shown.get, Trade.CSV_COLUMNS)]
-
-    @staticmethod
-    def to_dict(trade: "sa.Row | Fill") -> dict:
-        """What a bot sees of the trade, which is a row of the table or a `Fill`."""
+    def to_dict(self) -> TradeAnswer:
         return {
-            "id": trade.id and str(trade.id),
-            "user_id": trade.user_id,
-            "ticker": trade.ticker,
-            "trade_type": trade.trade_type,
-            "quantity": trade.quantity,
-            "price": trade.price,
-            "total_amount": trade.total_amount,
-            "commission": trade.commission,
-            "realized_pnl": trade.realized_pnl,
-            "cash_balance": trade.cash_after,
-            "market_price": trade.market_price,
-            "price_source": trade.price_source,
-            "timestamp": iso(trade.created_at),
-            "run": trade.run,
+            "id": self.id and str(self.id),
+            "user_id": self.user_id,
+            "ticker": self.ticker,
+            "trade_type": self.trade_type,
+            "quantity": self.quantity,
+            "price": self.price,
+            "total_amount": self.total_amount,
+            "commission": self.commission,
+            "realized_pnl": self.realized_pnl,
+            "cash_balance": self.cash_after,
+            "market_price": self.market_price,
+            "price_source": self.price_source,
+            "timestamp": self.created_at,
+            "run": self.run,
         }
 
 
-class Run(db.Model):
-    """A run of an account that has ended: what it began with, and where it stood when it ended."""
+# ------------------------------------------------------------------------------------- The markets
 
-    __tablename__ = "ibkr_runs"
 
-    user_id: Mapped[UserId] = mapped_column(primary_key=True)
-    run: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    starting_cash: Mapped[Amount]
-    cash_balance: Mapped[Amount]
-    market_time: Mapped[Time]
-    ended_at: Mapped[Time]
+class QuoteAnswer(TypedDict):
+    """What one share or coin costs."""
 
-    __table_args__ = (within("starting_cash", 0, ACCOUNT_LIMIT), within("cash_balance", 0, ACCOUNT_LIMIT))
+    ticker: Symbol
+    price: Price
+    currency: Annotated[str | None, means("ISO code, as far as the source names one", examples=["USD"])]
+    source: Source
+    timestamp: Annotated[Time, means("When the price was taken")]
+    valid_until: Annotated[Time | None, means("Until when trades are judged by this price")]
+
+
+class Quote(db.Model):
+    """What a source said that one share or coin costs, in `currency`, and until when that holds.
+
+    A live quote that a server has answered is a row, so that all its processes judge trades by the same one,
+    and so that the past can be valued later. `number` counts the quotes of a ticker. A quote of the sample
+    market is no row: it follows from the clock; `market_time` is the moment of the recorded past it is of.
+    """
+
+    __tablename__ = "ibkr_quotes"
+
+    ticker: Mapped[str] = mapped_column(sa.String(20), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    price: Mapped[Amount]
+    currency: Mapped[str | None] = mapped_column(sa.String(10))
+    source: Mapped[str] = mapped_column(sa.String(20))
+    timestamp: Mapped[Moment]
+    valid_until: Mapped[Moment]
+
+    __table_args__ = (within("price", UNIT, ORDER_LIMIT),)
+
+    market_time = None
+
+    @classmethod
+    def latest(cls, ticker: str) -> "Quote | None":
+        """The latest quote of `ticker` that any process has published, whether it still holds or not."""
+        found = read_only(LATEST_QUOTE, ticker=ticker)
+        return cls(**found[0]._asdict()) if found else None
+
+    @classmethod
+    def past(cls, tickers: Iterable[str]) -> Sequence[sa.Row]:
+        """Every quote of `tickers` ever published, the oldest first."""
+        quotes = sa.select(cls.ticker, cls.timestamp, cls.price).where(cls.ticker.in_(list(tickers)))
+        return db.session.execute(quotes.order_by(cls.number)).all()
+
+    def publish(self) -> bool:
+        """Make this quote that of all processes; False if another one came first with its `number`."""
+        try:
+            with transaction():
+                db.session.add(self)
+        except IntegrityError:
+            return False
+        return True
+
+    def to_dict(self) -> QuoteAnswer:
+        return {
+            "ticker": self.ticker,
+            "price": self.price,
+            "currency": self.currency,
+            "source": self.source,
+            "timestamp": self.timestamp,
+            "valid_until": self.valid_until,
+        }
+
+
+class Market(db.Model):
+    """Which market this database belongs to, `live` or `sample`: their prices never meet in one."""
+
+    __tablename__ = "ibkr_market"
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(sa.String(6))
+
+    @classmethod
+    def claim(cls, kind: str) -> None:
+        """Take the database for this market; `Refused` if it belongs to the other one."""
+        owner = db.session.get(cls, 1)  # A standby can be read, though not written to.
+        if owner is None:
+            with suppress(IntegrityError), transaction():  # Another process may be faster.
+                db.session.add(cls(id=1, kind=kind))
+            owner = db.session.get(cls, 1)
+        db.session.close()
+        if owner.kind != kind:
+            raise Refused(
+                "price_unavailable",
+                f"This database holds {owner.kind} prices and this server serves {kind} ones; "
+                "give each its own DATABASE_URL.",
+            )
 
 
 class Pin(db.Model):
@@ -553,34 +518,19 @@ class Pin(db.Model):
     user_id: Mapped[UserId]
     ticker: Mapped[str] = mapped_column(sa.String(20))
     price: Mapped[Amount | None]
-    created_at: Mapped[Time]
+    created_at: Mapped[Moment]
 
     @classmethod
-    def in_force(cls, user_id: int, connection: sa.Connection | None = None) -> dict[str, Decimal]:
-        """The prices that the user has pinned now, by ticker; within a transaction over its `connection`."""
-        last = sa.select(sa.func.max(cls.id)).where(cls.user_id == user_id).group_by(cls.ticker)
-        pins = sa.select(cls.ticker, cls.price).where(cls.id.in_(last), cls.price.is_not(None))
-        with nullcontext(connection) if connection else connected() as connection:
-            return {pin.ticker: pin.price for pin in connection.execute(pins.order_by(cls.ticker))}
+    def in_force(cls, user_id: int) -> dict[str, Decimal]:
+        """The prices that the user has pinned now, by ticker."""
+        last = sa.select(sa.func.max(cls.id)).filter_by(user_id=user_id).group_by(cls.ticker)
+        pins = sa.select(cls).where(cls.id.in_(last), cls.price.is_not(None)).order_by(cls.ticker)
+        return {pin.ticker: pin.price for pin in db.session.scalars(pins)}
 
     @classmethod
-    def of(cls, user_id: int) -> Sequence[sa.Row]:
+    def of(cls, user_id: int) -> Sequence["Pin"]:
         """Every pin that the user has set or let go, the oldest first."""
-        pins = sa.select(cls.ticker, cls.price, cls.created_at).where(cls.user_id == user_id)
-        with connected() as connection:
-            return connection.execute(pins.order_by(cls.id)).all()
-
-
-@dataclass(frozen=True)
-class Controls:
-    """How an account has set its sample market. The default is the wall clock and no pins.
-
-    `changes` counts the rows in `ibkr_pins`: whether a pin has moved is seen without reading them.
-    """
-
-    clock: datetime | None = None
-    changes: int = 0
-    pins: dict[str, Decimal] = field(default_factory=dict)
+        return db.session.scalars(sa.select(cls).filter_by(user_id=user_id).order_by(cls.id)).all()
 
 
 @dataclass(frozen=True)
@@ -604,187 +554,79 @@ class Costs:
         return max(rounded(price - slip, ROUND_FLOOR), UNIT)
 
 
-@dataclass(slots=True)
-class Quote:
-    """What a source said that one share or coin costs, in `currency`, and until when that holds.
-
-    `market_time` is the moment of the recorded past that a quote of the sample market is of.
-    """
-
-    ticker: str
-    price: Decimal
-    currency: str | None
-    source: str
-    timestamp: datetime
-    valid_until: datetime | None = None
-    number: int | None = None
-    market_time: datetime | None = None
-
-    @property
-    def is_in_dollars(self) -> bool:
-        return self.currency == "USD"
-
-    def to_dict(self) -> dict:
-        return {
-            "ticker": self.ticker,
-            "price": self.price,
-            "currency": self.currency,
-            "source": self.source,
-            "timestamp": iso(self.timestamp),
-            "valid_until": iso(self.valid_until),
-        }
-
-
-class PublishedQuote(db.Model):
-    """A live quote that a server has answered.
-
-    Every one is a row, so that all its processes judge trades by the same one, and so that the past can
-    be valued later. `number` counts the quotes of a ticker.
-    """
-
-    __tablename__ = "ibkr_quotes"
-
-    ticker: Mapped[str] = mapped_column(sa.String(20), primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    price: Mapped[Amount]
-    currency: Mapped[str | None] = mapped_column(sa.String(10))
-    source: Mapped[str] = mapped_column(sa.String(20))
-    timestamp: Mapped[Time]
-    valid_until: Mapped[Time]
-
-    __table_args__ = (within("price", UNIT, ORDER_LIMIT),)
-
-    @classmethod
-    def latest(cls, ticker: str) -> Quote | None:
-        """The latest quote of `ticker` that any process has published, whether it still holds or not."""
-        with connected() as connection:
-            found = send(connection, LATEST_QUOTE, ticker=ticker)
-        return Quote(**found[0]._asdict()) if found else None
-
-    @classmethod
-    def past(cls, tickers) -> Sequence[sa.Row]:
-        """Every quote of `tickers` ever published, the oldest first."""
-        columns = (cls.ticker, cls.timestamp, cls.price)
-        statement = sa.select(*columns).where(cls.ticker.in_(list(tickers))).order_by(cls.number)
-        with connected() as connection:
-            return connection.execute(statement).all()
-
-    @classmethod
-    def add(cls, quote: Quote) -> bool:
-        """Make `quote` that of all processes; False if another one came first with its `number`."""
-        row = {column.name: getattr(quote, column.name) for column in cls.__table__.columns}
-        try:
-            with connected() as connection:
-                connection.execute(sa.insert(cls), row)
-        except IntegrityError:
-            return False
-        return True
-
-
-class Market(db.Model):
-    """Which market this database belongs to, `live` or `sample`: their prices never meet in one."""
-
-    __tablename__ = "ibkr_market"
-    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
-
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    kind: Mapped[str] = mapped_column(sa.String(6))
-
-    @classmethod
-    def claim(cls, kind: str) -> None:
-        """Take the database for this market; `Refused` if it belongs to the other one."""
-        with connected() as connection:
-            owner = connection.scalar(sa.select(cls.kind))  # A standby can be read, though not written to.
-            if owner is None:
-                with suppress(IntegrityError):  # Another process was faster.
-                    connection.execute(sa.insert(cls), {"id": 1, "kind": kind})
-                owner = connection.scalar(sa.select(cls.kind))
-        if owner != kind:
-            raise Refused(
-                "price_unavailable",
-                f"This database holds {owner} prices and this server serves {kind} ones; "
-                "give each its own DATABASE_URL.",
-            )
-
-
 # ------------------------------------------------------------------------------------- The account
-# Plain objects: the rules touch no database, and change nothing when they refuse.
 
 
-@dataclass
-class Position:
-    """So much of one ticker, in shares or coins, and what it cost, in dollars."""
-
-    quantity: Decimal = Decimal(0)
-    cost_basis: Decimal = Decimal(0)
-
-    def add(self, quantity: Decimal, cost: Decimal) -> None:
-        """Put `quantity` in, which cost `cost` dollars, commission included."""
-        if max(self.quantity + quantity, self.cost_basis + cost) >= ACCOUNT_LIMIT:
-            raise Refused(
-                "limit_exceeded",
-                f"A holding stays below {ACCOUNT_LIMIT} shares and dollars of cost.",
-                limit=ACCOUNT_LIMIT,
-            )
-        self.quantity += quantity
-        self.cost_basis += cost
-
-    def cost_of(self, quantity: Decimal) -> Decimal:
-        """What `quantity` of it cost: its share, and for the last share all that is left."""
-        if quantity == self.quantity:
-            return self.cost_basis
-        return rounded(self.cost_basis * quantity / self.quantity)
-
-    def remove(self, quantity: Decimal, cost: Decimal) -> None:
-        self.quantity -= quantity
-        self.cost_basis -= cost
+class TradesAnswer(TypedDict):
+    trades: list[TradeAnswer]
+    next_cursor: Annotated[str | None, means("`cursor` of the next page; `null` on the last one")]
 
 
-@dataclass
-class Fill:
-    """What became of an order: a trade with all that `Trade` has columns for."""
+class Run(db.Model):
+    """A run of an account that has ended: what it began with, and where it stood when it ended."""
 
-    user_id: int
-    run: int
-    ticker: str
-    trade_type: str
-    order_type: str
-    quantity: Decimal
-    price: Decimal
-    total_amount: Decimal
-    commission: Decimal
-    market_price: Decimal
-    price_source: str
-    market_time: datetime
-    created_at: datetime
-    realized_pnl: Decimal | None = None
-    cash_after: Decimal | None = None
-    idempotency_key: str | None = None
-    id: int | None = None
+    __tablename__ = "ibkr_runs"
+
+    user_id: Mapped[UserId] = mapped_column(primary_key=True)
+    run: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    starting_cash: Mapped[Amount]
+    cash_balance: Mapped[Amount]
+    market_time: Mapped[Moment]
+    ended_at: Mapped[Moment]
+
+    __table_args__ = (within("starting_cash", 0, ACCOUNT_LIMIT), within("cash_balance", 0, ACCOUNT_LIMIT))
 
 
-@dataclass
-class Account:
-    """A user's cash, and the rules by which it changes."""
+class QuoteExpired(Exception):
+    """The quote ran out while the request was under way."""
 
-    user_id: int
-    run: int
-    cash_balance: Decimal
-    starting_cash: Decimal
-    market_clock: datetime | None = None
-    pin_changes: int = 0
-    connection: sa.Connection | None = None
 
-    def fill(self, order: Order, quote: Quote, position: Position, costs: Costs = Costs()) -> Fill:
-        """Decide `order` at the market's `quote`: change this account and `position`, answer the trade.
+class PortfolioAnswer(TypedDict):
+    """An account at the market; totals are `null` where a price that they need is not to be had."""
+
+    user_id: UserNumber
+    cash_balance: Dollars
+    holdings: list[HoldingAnswer]
+    total_invested_value: Annotated[Dollars, means("What the holdings cost, in dollars")]
+    market_value: Annotated[Dollars | None, means("What a sale of all would bring, in dollars")]
+    equity: Annotated[Dollars | None, means("Cash and market value, in dollars")]
+    unrealized_pnl: Annotated[Dollars | None, means("Profit of what is held, in dollars")]
+    realized_pnl: Annotated[Dollars, means("Profit of what was sold, in dollars")]
+    total_pnl: Annotated[Dollars | None, means("Realised and unrealised profit, in dollars")]
+
+
+class Account(db.Model):
+    """A user's cash, and the rules by which it changes. They change nothing when they refuse.
+
+    `run` counts how often the account has started over; `starting_cash` is what this run began with.
+    Of its sample market, `market_clock` is where the clock stands, if it was stopped, and `pin_changes` is
+    how many rows it has in `ibkr_pins`: whether a pin has moved is seen without reading them.
+    """
+
+    __tablename__ = "ibkr_balances"
+
+    user_id: Mapped[UserId] = mapped_column(primary_key=True)
+    cash_balance: Mapped[Amount]
+    starting_cash: Mapped[Amount]
+    run: Mapped[int]
+    updated_at: Mapped[Moment]
+    market_clock: Mapped[Moment | None]
+    pin_changes: Mapped[int] = mapped_column(server_default="0")
+
+    __table_args__ = (within("cash_balance", 0, ACCOUNT_LIMIT), within("starting_cash", 0, ACCOUNT_LIMIT))
+
+    def fill(self, order: Order, quote: Quote | Refused, holding: Holding, costs: Costs = Costs()) -> Trade:
+        """Decide `order` at the market's `quote`: change this account and `holding`, answer the trade.
 
         A limit order is booked at the price it names, a market order at the market's, slipped. Raises
         `Refused`, or `QuoteExpired` when the market has moved on since the quote was taken.
         """
+        if isinstance(quote, Refused):
+            raise quote
         moment = now()
         if quote.valid_until and quote.valid_until <= moment:
             raise QuoteExpired
-        if not quote.is_in_dollars:
+        if quote.currency != "USD":
             raise Refused(
                 "unsupported_currency",
                 f"{order.ticker} is quoted in {quote.currency or 'an unknown currency'}; "
@@ -796,7 +638,7 @@ class Account:
             raise Refused("limit_exceeded", f"A price stays below {ORDER_LIMIT}.", limit=ORDER_LIMIT)
         rounding = ROUND_CEILING if order.action == "buy" else ROUND_FLOOR
         total = value_of(order.quantity, price, rounding)
-        fill = Fill(
+        trade = Trade(
             user_id=self.user_id,
             run=self.run,
             ticker=order.ticker,
@@ -806,28 +648,29 @@ class Account:
             price=price,
             total_amount=total,
             commission=costs.commission(total),
+            realized_pnl=None,
             market_price=quote.price,
             price_source=quote.source,
             market_time=quote.market_time or moment,
             created_at=moment,
         )
         if order.action == "buy":
-            self.buy(fill, position)
+            self.buy(trade, holding)
         else:
-            self.sell(fill, position)
-        fill.cash_after = self.cash_balance
-        return fill
+            self.sell(trade, holding)
+        trade.cash_after = self.cash_balance
+        return trade
 
-    def buy(self, fill: Fill, position: Position) -> None:
-        """Pay for `fill` and put the shares into `position`."""
-        if fill.price < fill.market_price:
+    def buy(self, trade: Trade, holding: Holding) -> None:
+        """Pay for `trade` and put the shares into `holding`."""
+        if trade.price < trade.market_price:
             raise Refused(
                 "price_below_market",
-                f"You offer {plain(fill.price)} and {fill.ticker} costs {plain(fill.market_price)}.",
-                price=fill.price,
-                market_price=fill.market_price,
+                f"You offer {plain(trade.price)} and {trade.ticker} costs {plain(trade.market_price)}.",
+                price=trade.price,
+                market_price=trade.market_price,
             )
-        cost = fill.total_amount + fill.commission
+        cost = trade.total_amount + trade.commission
         if cost > self.cash_balance:
             raise Refused(
                 "insufficient_funds",
@@ -835,93 +678,116 @@ class Account:
                 required=cost,
                 available=self.cash_balance,
             )
-        position.add(fill.quantity, cost)
+        holding.add(trade.quantity, cost)
         self.cash_balance -= cost
 
-    def sell(self, fill: Fill, position: Position) -> None:
-        """Take the shares out of `position` and put what `fill` brings into cash."""
-        if fill.price > fill.market_price:
+    def sell(self, trade: Trade, holding: Holding) -> None:
+        """Take the shares out of `holding` and put what `trade` brings into cash."""
+        if trade.price > trade.market_price:
             raise Refused(
                 "price_above_market",
-                f"You ask {plain(fill.price)} and {fill.ticker} brings {plain(fill.market_price)}.",
-                price=fill.price,
-                market_price=fill.market_price,
+                f"You ask {plain(trade.price)} and {trade.ticker} brings {plain(trade.market_price)}.",
+                price=trade.price,
+                market_price=trade.market_price,
             )
-        if fill.quantity > position.quantity:
+        if trade.quantity > holding.quantity:
             raise Refused(
                 "insufficient_shares",
-                f"This sells {plain(fill.quantity)} {fill.ticker} and you have {plain(position.quantity)}.",
-                required=fill.quantity,
-                available=position.quantity,
+                f"This sells {plain(trade.quantity)} {trade.ticker} and you have {plain(holding.quantity)}.",
+                required=trade.quantity,
+                available=holding.quantity,
             )
-        proceeds = fill.total_amount - fill.commission
+        proceeds = trade.total_amount - trade.commission
         if self.cash_balance + proceeds < 0:
             raise Refused(
                 "insufficient_funds",
-                f"The commission of {plain(fill.commission)} is more than the {plain(fill.total_amount)} "
+                f"The commission of {plain(trade.commission)} is more than the {plain(trade.total_amount)} "
                 f"that this brings and the {plain(self.cash_balance)} that you have.",
-                required=fill.commission,
-                available=self.cash_balance + fill.total_amount,
+                required=trade.commission,
+                available=self.cash_balance + trade.total_amount,
             )
-        if max(fill.total_amount, self.cash_balance + proceeds) >= ACCOUNT_LIMIT:
+        if max(trade.total_amount, self.cash_balance + proceeds) >= ACCOUNT_LIMIT:
             raise Refused(
                 "limit_exceeded",
                 f"This brings {plain(proceeds)}, you have {plain(self.cash_balance)}, "
                 f"and cash stays below {ACCOUNT_LIMIT}.",
                 limit=ACCOUNT_LIMIT,
             )
-        cost = position.cost_of(fill.quantity)
+        cost = holding.cost_of(trade.quantity)
         if proceeds - cost < -ACCOUNT_LIMIT:
             raise Refused("limit_exceeded", f"A loss ends at {ACCOUNT_LIMIT}.", limit=ACCOUNT_LIMIT)
-        position.remove(fill.quantity, cost)
-        fill.realized_pnl = proceeds - cost
+        holding.remove(trade.quantity, cost)
+        trade.realized_pnl = proceeds - cost
         self.cash_balance += proceeds
 
     # The database.
 
     @classmethod
-    @contextmanager
-    def locked(cls, user_id: int, key_hash: str, ticker: str | None = None, key: str | None = None):
-        """The transaction: everything that changes an account happens in `with Account.locked(...)`.
+    def with_key(cls, key_hash: str) -> "Account | None":
+        """The account of whoever has this key, as it is now.
 
-        Yields the account, its position in `ticker`, and the trade that it booked under the idempotency
-        key `key`, or None. The account's row is locked first and all is read after that, so whoever
-        comes second waits and then sees what the first one did; a join in the locking statement would
-        still see the holding as it was before the wait. Leaving the block commits, unless `record` has; an
-        exception on the way undoes it all. `Refused` if the account's API key is no longer the one with
-        this hash.
+        The hash is looked up, so timing tells nothing of the key.
         """
-        own = {"user_id": user_id, "key_hash": key_hash, "ticker": ticker, "key": key}
-        with turn(user_id), transaction(LOCK_ACCOUNT, LOCKED_ACCOUNT, **own) as (connection, rows):
-            if not rows:
-                raise unauthorized()
-            row = rows[0]
-            market = row.market_clock, row.pin_changes
-            account = cls(user_id, row.run, row.cash_balance, row.starting_cash, *market, connection)
-            position = Position(row.quantity, row.cost_basis) if row.quantity else Position()
-            yield account, position, row.earlier and send(connection, TRADE_WITH_KEY, **own)[0]
+        found = read_only(ACCOUNT_WITH_KEY, key_hash=key_hash)
+        return cls(**found[0]._asdict()) if found else None
 
     @classmethod
-    def with_holdings(cls, user_id: int, key_hash: str) -> tuple["Account", list[tuple]]:
+    def locked(cls, user_id: int, key_hash: str, ticker: str = "", order_key: str = "") -> "Account":
+        """The account, locked until the transaction ends: whatever changes one begins here.
+
+        The account's row is locked first and all is read after that, so whoever comes second waits and then
+        sees what the first one did; a join in the locking statement would still see the holding as it was
+        before the wait. What else a trade needs is read along: its `holding` in `ticker`, and which trade was
+        booked under `order_key` (`trade_under_key`). `Refused` if the API key is no longer the one with this
+        hash.
+        """
+        own = {"owner": user_id, "key_hash": key_hash, "held_ticker": ticker, "order_key": order_key}
+        is_locked = db.engine.dialect.name == "sqlite"  # All of it, by BEGIN IMMEDIATE.
+        lock = [] if is_locked else [LIMITS, LOCK_ACCOUNT]
+        found = send(db.session.connection().connection, *lock, LOCKED_ACCOUNT, **own)
+        if not found:
+            raise unauthorized()
+        columns = found[0]._asdict()
+        held = {name: columns.pop(name) or Decimal(0) for name in ("quantity", "cost_basis")}
+        earlier, account = columns.pop("earlier"), cls(**columns)
+        account.holding, account.earlier = Holding(user_id=user_id, ticker=ticker, **held), earlier
+        return account
+
+    def book(self, trade: Trade, holding: Holding, order_key: str) -> None:
+        """Write the cash, the holding and the trade, and give the trade its id."""
+        trade.idempotency_key = order_key
+        if not holding.quantity:
+            write_holding = DELETE_HOLDING
+        elif trade.trade_type == "buy" and holding.quantity == trade.quantity:
+            write_holding = INSERT_HOLDING  # There was none before.
+        else:
+            write_holding = UPDATE_HOLDING
+        values = vars(trade) | {"owner": self.user_id, "held_ticker": trade.ticker}
+        values |= {"held": holding.quantity, "cost_basis": holding.cost_basis}
+        writes = [UPDATE_CASH, write_holding, INSERT_TRADE]
+        trade.id = send(db.session.connection().connection, *writes, **values)[0].id
+
+    @classmethod
+    def with_holdings(cls, user_id: int, key_hash: str) -> tuple["Account", list[sa.Row]]:
         """The account and its holdings by ticker, of one moment, unlocked: one statement reads both.
 
+        A mapped object for each of a thousand holdings would take six times as long as its row does.
         `Refused` if the account's API key is no longer the one with this hash.
         """
-        with connected() as connection:
-            rows = send(connection, ACCOUNT_WITH_HOLDINGS, user_id=user_id, key_hash=key_hash)
-        if not rows:
+        found = read_only(ACCOUNT_WITH_HOLDINGS, owner=user_id, key_hash=key_hash)
+        if not found:
             raise unauthorized()
-        own, *holdings = rows
-        cash, starting_cash = own.quantity, own.cost_basis
-        return cls(user_id, own.run, cash, starting_cash, own.market_clock, own.pin_changes), holdings
+        own, *holdings = found
+        columns = {"user_id": user_id} | {name: getattr(own, name) for name in BALANCE_NAMES}
+        return cls(**columns), holdings
 
-    def portfolio(self, holdings: Sequence, quotes: dict[str, Quote]) -> dict:
+    def portfolio(self, holdings: Sequence, quotes: dict[str, Quote]) -> PortfolioAnswer:
         """The account valued at `quotes`: dollars, profit and loss, and percentages of the cost.
 
         The realised profit follows from the books' equation, and so needs no look at the trades. A
         holding is worth what selling it would bring.
         """
-        quotes = {ticker: quote for ticker, quote in quotes.items() if quote.is_in_dollars}
+        quotes = {ticker: quote for ticker, quote in quotes.items() if quote.currency == "USD"}
         rows = [Holding.to_dict(holding, quotes.get(holding.ticker)) for holding in holdings]
         cost = sum((row["cost_basis"] for row in rows), Decimal(0))
         realized = self.cash_balance + cost - self.starting_cash
@@ -939,66 +805,73 @@ class Account:
             "total_pnl": None if value is None else value - cost + realized,
         }
 
-    def record(self, fill: Fill, position: Position, key: str) -> None:
-        """Write the cash, the holding and the trade, commit them, and give the trade its id."""
-        fill.idempotency_key = key
-        if not position.quantity:
-            write_holding = DELETE_HOLDING
-        elif fill.trade_type == "buy" and position.quantity == fill.quantity:
-            write_holding = INSERT_HOLDING  # There was none before.
-        else:
-            write_holding = UPDATE_HOLDING
-        fill.id = commit(
-            self.connection,
-            *(UPDATE_CASH, write_holding, INSERT_TRADE),
-            then=[TRADE_ID],
-            **vars(fill),
-            held=position.quantity,
-            cost_basis=position.cost_basis,
-        )[0].id
+    def will_change(self) -> None:
+        """Have the session write what is changed of it from here on, as if it had read it."""
+        make_transient_to_detached(self)
+        db.session.add(self)
 
     def start_over(self, cash: Decimal, market_time: datetime) -> None:
         """End this run and begin the next with `cash` dollars and no holdings. The trades stay."""
-        self.connection.execute(
-            sa.insert(Run),
-            {
-                "user_id": self.user_id,
-                "run": self.run,
-                "starting_cash": self.starting_cash,
-                "cash_balance": self.cash_balance,
-                "market_time": market_time,
-                "ended_at": now(),
-            },
-        )
-        self.connection.execute(sa.delete(Holding).where(Holding.user_id == self.user_id))
-        self.change(run=self.run + 1, cash_balance=cash, starting_cash=cash)
+        ended = {"starting_cash": self.starting_cash, "cash_balance": self.cash_balance, "ended_at": now()}
+        db.session.add(Run(user_id=self.user_id, run=self.run, market_time=market_time, **ended))
+        db.session.execute(sa.delete(Holding).filter_by(user_id=self.user_id))
+        self.will_change()
+        self.run += 1
+        self.cash_balance = self.starting_cash = cash
+
+    def stop_clock(self, bar: datetime | None) -> None:
+        """Stop the clock of this account's sample market at `bar`, or let it run again."""
+        self.will_change()
+        self.market_clock = bar
 
     def pin(self, ticker: str, price: Decimal | None) -> None:
         """Fix `ticker` at `price` dollars on this account's sample market, or let it go."""
-        self.connection.execute(
-            sa.insert(Pin), {"user_id": self.user_id, "ticker": ticker, "price": price, "created_at": now()}
-        )
-        self.change(pin_changes=self.pin_changes + 1)
+        db.session.add(Pin(user_id=self.user_id, ticker=ticker, price=price, created_at=now()))
+        self.will_change()
+        self.pin_changes += 1
 
-    def controls(self, known: Controls | None = None) -> Controls:
-        """How the account's sample market is set: as `known`, if that is still so, else read anew."""
-        if known and (known.clock, known.changes) == (self.market_clock, self.pin_changes):
-            return known
-        return Controls(self.market_clock, self.pin_changes, Pin.in_force(self.user_id, self.connection))
-
-    def change(self, **values) -> None:
-        """Write `values` to the account's row."""
-        for name, value in values.items():
-            setattr(self, name, value)
-        own = Balance.user_id == self.user_id
-        self.connection.execute(sa.update(Balance).where(own).values(**values, updated_at=now()))
-
-
-class QuoteExpired(Exception):
-    """The quote ran out, or the account's market was set otherwise, while the request was under way."""
+    @property
+    def pins(self) -> dict[str, Decimal]:
+        """The prices that are pinned on its sample market now, by ticker."""
+        return Pin.in_force(self.user_id) if self.pin_changes else {}
 
 
 # ------------------------------------------------------------------------------------- The results
+
+
+class AuditAnswer(TypedDict):
+    """Whether the books hold."""
+
+    ok: Annotated[bool, means("Whether they do")]
+    trades: Annotated[int, means("How many were replayed")]
+    differences: Annotated[list[str], means("A sentence for each")]
+
+
+class Point(TypedDict):
+    timestamp: Annotated[Time, means("The market's time")]
+    cash: Dollars
+    market_value: Dollars | None
+    equity: Dollars | None
+
+
+class Summary(TypedDict):
+    starting_cash: Dollars
+    equity: Dollars | None
+    total_return_percent: Annotated[Percent | None, means("Profit, in percent of the starting cash")]
+    max_drawdown_percent: Annotated[Percent, means("The deepest fall of equity from a peak, in percent")]
+    trades: int
+    realized_pnl: Dollars
+    win_rate_percent: Annotated[Percent | None, means("Sales that brought a profit, in percent")]
+    profit_factor: Annotated[Shares | None, means("What winning sales gained / what losing sales lost")]
+    commission: Dollars
+
+
+class HistoryAnswer(TypedDict):
+    """How a run went."""
+
+    run: RunNumber
+    points: list[Point]
+    summary: Summary
 
 
 @dataclass
@@ -1012,19 +885,18 @@ class Books:
 
     @classmethod
     def of(cls, user_id: int) -> "Books":
-        with transaction(begin=SNAPSHOT) as (connection, _):
-            own = {"user_id": user_id}
-            row = connection.execute(sa.select(Balance.__table__).filter_by(**own)).one()
-            holdings = connection.execute(sa.select(Holding.__table__).filter_by(**own)).all()
-            runs = connection.execute(sa.select(Run.__table__).filter_by(**own).order_by(Run.run))
+        with snapshot():
+            account = db.session.get(Account, user_id)
+            holdings = db.session.execute(sa.select(Holding.__table__).filter_by(user_id=user_id)).all()
+            ended = db.session.scalars(sa.select(Run).filter_by(user_id=user_id).order_by(Run.run))
+            runs = {run.run: run for run in ended}
             trades = defaultdict(list)
-            for trade in connection.execute(sa.select(Trade.__table__).filter_by(**own).order_by(Trade.id)):
+            all_trades = sa.select(Trade.__table__).filter_by(user_id=user_id).order_by(Trade.id)
+            for trade in db.session.execute(all_trades):
                 trades[trade.run].append(trade)
-            ended = {run.run: run for run in runs}
-        account = Account(user_id, row.run, row.cash_balance, row.starting_cash)
-        return cls(account, holdings, ended | {account.run: account}, trades)
+        return cls(account, holdings, runs | {account.run: account}, trades)
 
-    def audit(self) -> dict:
+    def audit(self) -> AuditAnswer:
         """Replay the trades from the start and compare: every balance, holding and cost.
 
         Answers `{"ok", "trades", "differences"}`, with a sentence for each difference. Every run begins
@@ -1041,29 +913,33 @@ class Books:
                 differences.append(f"{what} is {booked}, and the trades make it {replayed}.")
 
         for number, run in self.runs.items():
-            account = Account(self.account.user_id, number, run.starting_cash, run.starting_cash)
-            held = defaultdict(Position)
+            account = Account(run=number, cash_balance=run.starting_cash)
+            held = {}
             for row in self.trades.get(number, []):
-                fill = Fill(**row._mapping)
-                is_buy = fill.trade_type == "buy"
-                total = value_of(fill.quantity, fill.price, ROUND_CEILING if is_buy else ROUND_FLOOR)
+                trade = Trade(**row._asdict())
+                holding = held.setdefault(trade.ticker, Holding.none(trade.user_id, trade.ticker))
+                is_buy = trade.trade_type == "buy"
+                total = value_of(trade.quantity, trade.price, ROUND_CEILING if is_buy else ROUND_FLOOR)
                 compare(f"Trade {row.id}: total_amount", row.total_amount, total)
                 try:
-                    (account.buy if is_buy else account.sell)(fill, held[fill.ticker])
+                    (account.buy if is_buy else account.sell)(trade, holding)
                 except Refused as refused:
                     differences.append(f"Trade {row.id} should have been refused: {refused}")
-                compare(f"Trade {row.id}: realized_pnl", row.realized_pnl, fill.realized_pnl)
+                compare(f"Trade {row.id}: realized_pnl", row.realized_pnl, trade.realized_pnl)
                 compare(f"Trade {row.id}: cash_after", row.cash_after, account.cash_balance)
             compare(f"Run {number}: cash_balance", run.cash_balance, account.cash_balance)
         booked = {holding.ticker: holding for holding in self.holdings}  # And `held` is the current run's.
+        none = Holding.none(self.account.user_id, "")
         for ticker in sorted(booked.keys() | held.keys()):
             for name in ("quantity", "cost_basis"):
-                pair = (getattr(side.get(ticker, Position()), name) for side in (booked, held))
+                pair = (getattr(side.get(ticker, none), name) for side in (booked, held))
                 compare(f"{ticker}: {name}", *pair)
         count = sum(map(len, self.trades.values()))
         return {"ok": not differences, "trades": count, "differences": differences}
 
-    def history(self, number: int, past_price, portfolio: dict | None, market_time: datetime) -> dict:
+    def history(
+        self, number: int, past_price, portfolio: PortfolioAnswer | None, market_time: datetime
+    ) -> HistoryAnswer:
         """How run `number` went: its equity curve and the figures that sum it up.
 
         One point a trade: cash, and the holdings at what the market asked at that moment, which
@@ -1085,7 +961,7 @@ class Books:
                 prices[ticker] = past_price(ticker, moment, market_time) or prices[ticker]
             value = sum((value_of(held[t], prices[t]) for t in held if held[t]), Decimal(0))
             points.append(
-                {"timestamp": iso(market_time), "cash": cash, "market_value": value, "equity": cash + value}
+                {"timestamp": market_time, "cash": cash, "market_value": value, "equity": cash + value}
             )
 
         for trade in trades:
@@ -1094,7 +970,7 @@ class Books:
             add_point(trade.created_at, trade.market_time, trade.cash_after, trade.ticker)
         if portfolio:
             now_worth = {name: portfolio[name] for name in ("market_value", "equity")}
-            points.append({"timestamp": iso(market_time), "cash": run.cash_balance, **now_worth})
+            points.append({"timestamp": market_time, "cash": run.cash_balance, **now_worth})
         else:
             add_point(run.ended_at, run.market_time, run.cash_balance, None)
 
@@ -1124,74 +1000,138 @@ class Books:
         }
 
 
-# -------------------------------------------------------------------------------------- Statements
-# Built once: building one costs Python more than sending it. All of them are plain SQL in SQLAlchemy's
-# words, and go over a connection, not a session: there is no second copy of a row that could be stale.
+# ---------------------------------------------------------------------- What every request pays for
+# The statements that find a key, and lock, read and book for a trade. They are SQLAlchemy's and give what
+# theirs give; only the way to PostgreSQL is shorter. Whoever does not read on misses nothing but speed.
 
 HAS_THE_KEY = (User.api_key_hash == bindparam("key_hash")) & User.closed_at.is_(None)
-USER_WITH_KEY = (
-    sa.select(Balance.user_id, Balance.cash_balance, Balance.run, Balance.market_clock, Balance.pin_changes)
-    .join(User, User.id == Balance.user_id)
-    .where(HAS_THE_KEY)
-)
-TRADE_COLUMNS = Trade.__table__.columns.keys()
-LOCK_ACCOUNT = sa.select(Balance.user_id).where(Balance.user_id == bindparam("user_id")).with_for_update()
+OWN_ACCOUNT = Account.user_id == bindparam("owner")
+OWN_HOLDING = (Holding.user_id == bindparam("owner")) & (Holding.ticker == bindparam("held_ticker"))
+UNDER_KEY = (Trade.user_id == bindparam("owner")) & (Trade.idempotency_key == bindparam("order_key"))
+ACCOUNT, TRADE_COLUMNS = Account.__table__.columns, Trade.__table__.columns.keys()
+
+ACCOUNT_WITH_KEY = sa.select(*ACCOUNT).join(User).where(HAS_THE_KEY)
+LOCK_ACCOUNT = sa.select(Account.user_id).where(OWN_ACCOUNT).with_for_update()
 LOCKED_ACCOUNT = (
-    sa.select(
-        Balance.cash_balance,
-        Balance.starting_cash,
-        Balance.run,
-        Balance.market_clock,
-        Balance.pin_changes,
-        Holding.quantity,
-        Holding.cost_basis,
-        Trade.id.label("earlier"),
-    )
-    .join(User, User.id == Balance.user_id)
-    .outerjoin(Holding, (Holding.user_id == Balance.user_id) & (Holding.ticker == bindparam("ticker")))
-    .outerjoin(Trade, (Trade.user_id == Balance.user_id) & (Trade.idempotency_key == bindparam("key")))
-    .where(Balance.user_id == bindparam("user_id"), HAS_THE_KEY)
+    sa.select(*ACCOUNT, Holding.quantity, Holding.cost_basis, Trade.id.label("earlier"))
+    .select_from(Account)
+    .join(User)
+    .outerjoin(Holding, OWN_HOLDING)
+    .outerjoin(Trade, UNDER_KEY)
+    .where(OWN_ACCOUNT, HAS_THE_KEY)
 )
-# The account comes first, as the holding of no ticker: its cash, and the cash that it began with.
-ACCOUNT_WITH_HOLDINGS = sa.union_all(
-    sa.select(
-        sa.null().label("ticker"),
-        Balance.cash_balance.label("quantity"),
-        Balance.starting_cash.label("cost_basis"),
-        Balance.run,
-        Balance.market_clock,
-        Balance.pin_changes,
-    )
-    .join(User, User.id == Balance.user_id)
-    .where(Balance.user_id == bindparam("user_id"), HAS_THE_KEY),
-    sa.select(Holding.ticker, Holding.quantity, Holding.cost_basis, sa.null(), sa.null(), sa.null())
-    .join(User, User.id == Holding.user_id)
-    .where(Holding.user_id == bindparam("user_id"), HAS_THE_KEY),
-).order_by(sa.nulls_first(sa.column("ticker")))
-TRADE_WITH_KEY = sa.select(Trade.__table__).where(
-    Trade.user_id == bindparam("user_id"), Trade.idempotency_key == bindparam("key")
+HELD = {"quantity": bindparam("held"), "cost_basis": bindparam("cost_basis")}
+HELD |= {"updated_at": bindparam("created_at")}
+CASH = {"cash_balance": bindparam("cash_after"), "updated_at": bindparam("created_at")}
+UPDATE_CASH = sa.update(Account).where(OWN_ACCOUNT).values(CASH)
+INSERT_HOLDING = sa.insert(Holding).values(
+    user_id=bindparam("owner"), ticker=bindparam("held_ticker"), **HELD
 )
-OWN_HOLDING = (Holding.user_id == bindparam("user_id")) & (Holding.ticker == bindparam("ticker"))
-UPDATE_CASH = (
-    sa.update(Balance)
-    .where(Balance.user_id == bindparam("user_id"))
-    .values(cash_balance=bindparam("cash_after"), updated_at=bindparam("created_at"))
-)
-HELD = {
-    "quantity": bindparam("held"),
-    "cost_basis": bindparam("cost_basis"),
-    "updated_at": bindparam("created_at"),
-}
-INSERT_HOLDING = sa.insert(Holding).values(user_id=bindparam("user_id"), ticker=bindparam("ticker"), **HELD)
 UPDATE_HOLDING = sa.update(Holding).where(OWN_HOLDING).values(HELD)
 DELETE_HOLDING = sa.delete(Holding).where(OWN_HOLDING)
-LATEST_NUMBER = sa.select(sa.func.max(PublishedQuote.number)).where(
-    PublishedQuote.ticker == bindparam("ticker")
+INSERT_TRADE = (
+    sa.insert(Trade).values({n: bindparam(n) for n in TRADE_COLUMNS if n != "id"}).returning(Trade.id)
 )
-LATEST_QUOTE = sa.select(PublishedQuote.__table__).where(
-    PublishedQuote.ticker == bindparam("ticker"), PublishedQuote.number == LATEST_NUMBER.scalar_subquery()
+# The account is the first row, which is of no holding; in those of the holdings it has no columns.
+HOLDING = [Holding.ticker, Holding.quantity, Holding.cost_basis]
+BALANCES = [column for column in ACCOUNT if column.name not in ("user_id", "updated_at")]
+BALANCE_NAMES = [column.name for column in BALANCES]
+ACCOUNT_WITH_HOLDINGS = sa.union_all(
+    sa.select(*(sa.type_coerce(sa.null(), column.type).label(column.name) for column in HOLDING), *BALANCES)
+    .join_from(Account, User)
+    .where(OWN_ACCOUNT, HAS_THE_KEY),
+    sa.select(*HOLDING, *(sa.null() for _ in BALANCES))
+    .join(User, User.id == Holding.user_id)
+    .where(Holding.user_id == bindparam("owner"), HAS_THE_KEY),
+).order_by(sa.nulls_first(sa.column("ticker")))
+LATEST_NUMBER = sa.select(sa.func.max(Quote.number)).where(Quote.ticker == bindparam("ticker"))
+LATEST_QUOTE = sa.select(Quote.__table__).where(
+    Quote.ticker == bindparam("ticker"), Quote.number == LATEST_NUMBER.scalar_subquery()
 )
-INSERT_TRADE = sa.insert(Trade).values({n: bindparam(n) for n in TRADE_COLUMNS if n != "id"})
-TRADE_ID = sa.select(Trade.id).where(
-    Trade.user_id == bindparam("user_id"), Trade.idempotency_key == bindparam("idempotency_key")
-)
+
+
+def read_only(statement, **values) -> list[tuple]:
+    """The rows of one statement, which is a transaction by itself and so needs no BEGIN and no COMMIT."""
+    engine = db.engine
+    try:
+        connection = engine.raw_connection()
+    except engine.dialect.dbapi.Error as error:
+        raise as_sqlalchemy_has_it(error) from error
+    begins = engine.dialect.name == "postgresql"
+    try:
+        if begins:  # As psycopg2 does by itself, and a connection of SQLite does not.
+            connection.driver_connection.autocommit = True
+        return send(connection, statement, **values)
+    finally:
+        if begins and connection.is_valid:
+            connection.driver_connection.autocommit = False
+        connection.close()
+
+
+def send(connection: PoolProxiedConnection, *statements, **values) -> list[tuple]:
+    """Execute `statements` one after the other with these `values`; answers the last one's rows.
+
+    PostgreSQL gets all of them in one message: on a busy account it is the messages to and fro that the next
+    trade waits for.
+    """
+    dialect = db.engine.dialect
+    script, cursor = [written(statement, dialect) for statement in statements], connection.cursor()
+    try:
+        if dialect.name == "sqlite":
+            for statement in script:
+                cursor.execute(statement.sql, {n: write(values[n]) for n, write in statement.writers})
+        elif Written.can_prepare:
+            known = connection.info.setdefault("prepared", {None})
+            if new := {statement.prepare for statement in script} - known:
+                cursor.execute("; ".join(new))
+                known |= new
+            cursor.execute("; ".join([statement.call for statement in script]), values)
+        else:
+            cursor.execute("; ".join([statement.sql for statement in script]), values)
+        rows = cursor.fetchall() if cursor.description else []
+        for place, read in script[-1].readers:
+            rows = [(*row[:place], read(row[place]), *row[place + 1 :]) for row in rows]
+        return list(map(script[-1].row._make, rows))
+    except dialect.dbapi.Error as error:
+        Written.can_prepare &= getattr(error, "pgcode", None) not in (NO_SUCH_NAME, NAME_IS_TAKEN)
+        raise as_sqlalchemy_has_it(error, connection) from error
+
+
+class Written:
+    """A statement in the words of one database; to write it takes longer than the database's answer.
+
+    SQLite has no exact decimals and no time zones: the types of the columns convert them. PostgreSQL is told
+    of a statement once a connection, by PREPARE, and it is then called by name: each text that it gets it
+    plans anew, which is most of its work on a trade. A pooler that lends another connection for each
+    transaction makes that impossible: there the name may be unknown, or taken already. When that is seen,
+    all is sent as text from then on.
+    """
+
+    can_prepare = True
+
+    def __init__(self, statement, dialect: sa.Dialect):
+        style = "named" if dialect.name == "sqlite" else "pyformat"
+        if isinstance(statement, str):  # Such as LIMITS, which have no plan.
+            self.sql, self.prepare, self.call = statement, None, statement
+            return
+        compiled = statement.compile(dialect=type(dialect)(paramstyle=style))
+        numbered = statement.compile(dialect=type(dialect)(paramstyle="numeric_dollar"))
+        self.sql, columns = str(compiled), statement.exported_columns
+        name = "s" + hashlib.sha256(self.sql.encode()).hexdigest()[:16]
+        self.prepare = f"PREPARE {name} AS {numbered}"
+        self.call = f"EXECUTE {name}({', '.join(f'%({value})s' for value in numbered.positiontup)})"
+        self.row = namedtuple("Row", columns.keys())
+        self.readers, self.writers = [], []
+        if dialect.name == "sqlite":
+            kinds = [column.type.dialect_impl(dialect) for column in columns]
+            reads = [kind.result_processor(dialect, None) for kind in kinds]
+            self.readers = [(place, read) for place, read in enumerate(reads) if read]
+            kinds = {n: bind.type.dialect_impl(dialect) for n, bind in compiled.binds.items()}
+            self.writers = [(n, kind.bind_processor(dialect) or as_it_is) for n, kind in kinds.items()]
+
+
+def as_it_is(value):
+    return value
+
+
+written = cache(Written)

@@ -1,6 +1,6 @@
 """What the market asks: live prices from Yahoo Finance and Alpha Vantage, or the recorded sample.
 
-Both kinds of market answer `quote(ticker, controls)` with a `Quote`, or raise `Refused` with
+Both kinds of market answer `look_up(ticker, account)` with a `Quote`, or with a `Refused` that says
 `unknown_ticker` (a source said that there is no such thing) or `price_unavailable` (nobody answered). The
 two are never mixed up: a bot gives up on the first and tries again on the second. Read `LiveMarket` first,
 then the sources that it asks, then `SampleMarket`.
@@ -28,21 +28,8 @@ from urllib.parse import quote as escaped
 import requests
 from urllib3.exceptions import HTTPError
 
-from models import (
-    ORDER_LIMIT,
-    Controls,
-    Pin,
-    PublishedQuote,
-    Quote,
-    Refused,
-    checked_amount,
-    checked_decimal,
-    checked_ticker,
-    iso,
-    moment_from,
-    now,
-    rounded,
-)
+from messages import ORDER_LIMIT, Refused, checked_amount, checked_decimal, checked_ticker, iso, moment_from
+from models import Account, Pin, Quote, now, rounded
 
 log = logging.getLogger(__name__)
 
@@ -139,11 +126,11 @@ class LiveMarket:
         self.threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="price")
         self.hits = self.misses = 0
 
-    def quote(self, ticker: str, controls=None) -> Quote:
-        """The quote of `ticker` in force, in the currency that it names.
+    def look_up(self, ticker: str, account=None) -> Quote | Refused:
+        """The quote of `ticker` in force, in the currency that it names, or why there is none.
 
-        Raises `Refused`: `unknown_ticker` when the first source knows no such ticker and no other
-        prices it, `price_unavailable` when the first did not answer and no other prices it.
+        That is `unknown_ticker` when the first source knows no such ticker and no other prices it,
+        `price_unavailable` when the first did not answer and no other prices it.
         """
         quote = self.held_quote(ticker)
         if quote:
@@ -151,11 +138,13 @@ class LiveMarket:
         question = self.ask(ticker)
         try:
             return question.result(QUESTION_SECONDS)
+        except Refused as refusal:
+            return refusal
         except (TimeoutError, CancelledError):
             question.cancel()  # If no thread has come to it by now, none needs to.
-            raise no_price(ticker) from None
+            return no_price(ticker)
 
-    def quotes(self, tickers: list[str], controls=None) -> dict[str, Quote]:
+    def quotes(self, tickers: list[str], account=None) -> dict[str, Quote]:
         """The quotes of those `tickers` that can be had in two seconds, asked for side by side."""
         quotes = {ticker: self.held_quote(ticker) for ticker in tickers}
         questions = {ticker: self.ask(ticker) for ticker, quote in quotes.items() if not quote}
@@ -211,13 +200,13 @@ class LiveMarket:
         first one published. So one quote at most is in force at any moment.
         """
         while True:
-            latest = PublishedQuote.latest(ticker)
+            latest = Quote.latest(ticker)
             if latest and latest.valid_until > now():
                 return latest
             quote = self.quote_from_sources(ticker)
             quote.number = latest.number + 1 if latest else 1
             quote.valid_until = quote.timestamp + self.hold
-            if PublishedQuote.add(quote):
+            if quote.publish():
                 return quote
 
     def quote_from_sources(self, ticker: str) -> Quote:
@@ -231,13 +220,13 @@ class LiveMarket:
                 verdicts.append(no_price(ticker))
         raise verdicts[0]
 
-    def time(self, controls=None) -> datetime:
+    def time(self, account=None) -> datetime:
         return now()
 
     def past(self, user_id: int, tickers: Iterable[str]) -> PastPrice:
         """What a ticker cost at some moment: the last quote that any process had published by then."""
         quotes = defaultdict(list)
-        for quote in PublishedQuote.past(tickers):
+        for quote in Quote.past(tickers):
             quotes[quote.ticker].append((quote.timestamp, quote.price))
 
         def price(ticker: str, moment: datetime, market_time: datetime) -> Decimal | None:
@@ -278,7 +267,7 @@ class Source:
             self.failures_in_a_row += 1
             if self.failures_in_a_row >= FAILURES_TO_PAUSE or isinstance(failure, RateLimited):
                 self.rests_until = time.monotonic() + PAUSE_SECONDS
-            self.last_error = {"timestamp": iso(now()), "ticker": ticker, "error": str(failure)}
+            self.last_error = {"timestamp": now(), "ticker": ticker, "error": str(failure)}
             log.warning("%s gave no price for %s: %s", self.name, ticker, failure)
             raise
         except NoSuchTicker:
@@ -549,24 +538,24 @@ class SampleMarket:
         """The bar that comes `count` bars after `bar`, or the last one."""
         return self.bars[min(bisect_right(self.bars, bar) - 1 + count, len(self.bars) - 1)]
 
-    def time(self, controls: Controls) -> datetime:
+    def time(self, account: Account) -> datetime:
         """The market's time: the account's stopped clock, or the bar that the wall clock shows."""
-        return controls.clock or self.bar_shown(now())
+        return account.market_clock or self.bar_shown(now())
 
     def bar_shown(self, moment: datetime) -> datetime:
         return self.bars[int(moment.timestamp()) // BAR_SECONDS % len(self.bars)]
 
-    def quote(self, ticker: str, controls: Controls) -> Quote:
+    def look_up(self, ticker: str, account: Account) -> Quote | Refused:
         """The price of `ticker` in dollars at the account's clock, or what the account pinned it at."""
-        quotes = self.quotes([ticker], controls)
-        if not quotes:
-            raise no_such_ticker(ticker)
-        return quotes[ticker]
+        minute = datetime.now(UTC).replace(second=0, microsecond=0)
+        pin = account.pins.get(ticker) if account.pin_changes else None
+        quote = self.quote_at(ticker, minute, account.market_clock, pin)
+        return quote or no_such_ticker(ticker)
 
-    def quotes(self, tickers: list[str], controls: Controls) -> dict[str, Quote]:
+    def quotes(self, tickers: list[str], account: Account) -> dict[str, Quote]:
         """The quotes of those `tickers` that there are, all of the same moment."""
-        minute, clock, pin = now().replace(second=0, microsecond=0), controls.clock, controls.pins.get
-        quotes = {ticker: self.quote_at(ticker, minute, clock, pin(ticker)) for ticker in tickers}
+        minute, pins = datetime.now(UTC).replace(second=0, microsecond=0), account.pins
+        quotes = {t: self.quote_at(t, minute, account.market_clock, pins.get(t)) for t in tickers}
         return {ticker: quote for ticker, quote in quotes.items() if quote}
 
     @lru_cache(maxsize=10_000)  # noqa: B019 - a process has one market, for as long as it lives.

@@ -1,34 +1,21 @@
-"""What it takes to stand in public: a gate in front of the app, and limits on how often each may ask."""
+"""What it takes to stand in public: careful headers, and limits on how often each may ask."""
 
 import logging
 import os
 import re
 import threading
 import time
-from collections import deque
-from contextvars import ContextVar
-from json.encoder import encode_basestring_ascii as quoted
-from secrets import token_hex
 
 from flask import g, request
 from limits import RateLimitItem, parse, parse_many
 from limits.storage import storage_from_string
 
-from models import Refused
+from messages import Refused
 
 log = logging.getLogger(__name__)
 
 ON_HOST = any(re.match("DYNO$|RENDER$|RAILWAY_", name) for name in os.environ)
 """Whether this runs on Heroku, Render or Railway: in public, behind a proxy, on a disk that is not kept."""
-
-request_id: ContextVar[str] = ContextVar("request_id", default="")
-rate_headers: ContextVar[list] = ContextVar("rate_headers")
-
-
-def with_request_id(line: logging.LogRecord) -> bool:
-    """Put the request's id on a line of the log, in whatever thread it is written."""
-    line.request_id = request_id.get() and f" [{request_id.get()}]"
-    return True
 
 
 def checked_admin_key(key: str) -> str:
@@ -39,7 +26,7 @@ def checked_admin_key(key: str) -> str:
     return key
 
 
-# -------------------------------------------------------------------------------------------- Gate
+# ----------------------------------------------------------------------------------------- Headers
 
 CAREFUL = [
     ("Referrer-Policy", "no-referrer"),
@@ -68,83 +55,6 @@ def checked_origins(text: str) -> set[str]:
     if not all(re.fullmatch(r"\*|https?://[a-z0-9.:\[\]-]+", origin) for origin in origins):
         raise ValueError("name origins as browsers send them, such as https://example.com, or * for all.")
     return origins
-
-
-class RequestsSeen:
-    """How many requests this process has answered, and how long the last thousand took."""
-
-    def __init__(self):
-        self.count = self.errors = 0
-        self.last = deque(maxlen=1000)
-
-    def add(self, milliseconds: float, status: str) -> None:
-        self.count += 1
-        self.errors += status >= "500"
-        self.last.append(milliseconds)
-
-    def health(self) -> dict:
-        last = sorted(self.last.copy()) or [0.0]
-        percentiles = {
-            f"p{p}": round(last[min(len(last) * p // 100, len(last) - 1)], 2) for p in (50, 95, 99)
-        }
-        return {"count": self.count, "errors": self.errors, "latency_ms": percentiles}
-
-
-class Gate:
-    """Stands in front of `app`: gives each request its id and its line in the log, each answer its headers.
-
-    It speaks WSGI, where all this takes a quarter of what it took within Flask.
-    """
-
-    def __init__(self, app, origins: set[str]):
-        self.app, self.origins = app, origins
-        self.seen = RequestsSeen()
-
-    def __call__(self, environ: dict, start_response):
-        started, answered = time.perf_counter(), "500"
-        sent = environ.get("HTTP_X_REQUEST_ID")
-        is_safe_to_log = sent and re.fullmatch("[A-Za-z0-9._:/+=@-]{1,128}", sent)
-        own_id = sent if is_safe_to_log else token_hex(16)
-        request_id.set(own_id)
-        rate_headers.set([])
-        origin = self.origins and self.welcome_origin(environ)
-
-        def start(status: str, headers: list, *failure):
-            nonlocal answered
-            answered = status[:3]
-            headers = [*headers, *CAREFUL, *rate_headers.get(), ("X-Request-Id", own_id)]
-            if environ["PATH_INFO"].startswith("/api/"):
-                headers.append(NOT_TO_KEEP)
-            if all(name != "Content-Security-Policy" for name, _ in headers):  # A page brings its own.
-                headers.append(NO_SOURCES)
-            if "https" in (environ["wsgi.url_scheme"], environ.get("HTTP_X_FORWARDED_PROTO")):
-                headers.append(STAY_WITH_HTTPS)  # To forge that gains nothing: over HTTP browsers ignore it.
-            if self.origins:
-                headers.append(("Vary", "Origin"))
-            if origin:
-                headers += [("Access-Control-Allow-Origin", origin), EXPOSED]
-            return start_response(status, headers, *failure)
-
-        is_preflight = (
-            environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
-        )
-        try:
-            if origin and is_preflight:
-                start("204 No Content", ALLOWED)  # A browser asks, without a key, whether its page may ask.
-                return []
-            return self.app(environ, start)
-        finally:
-            milliseconds = (time.perf_counter() - started) * 1000
-            self.seen.add(milliseconds, answered)
-            path = "?".join(filter(None, (environ["PATH_INFO"], environ.get("QUERY_STRING"))))
-            asked = f"{environ['REQUEST_METHOD']} {path} {environ['SERVER_PROTOCOL']}"
-            address, booked = environ.get("REMOTE_ADDR"), environ.get("broker.booked", "")
-            log.info("%s %s %s %.1f ms%s", address, quoted(asked), answered, milliseconds, booked)
-
-    def welcome_origin(self, environ: dict) -> str | None:
-        """The origin whose page may read the answer; `*` can be all of them, as the key is no cookie."""
-        sent = environ.get("HTTP_ORIGIN")
-        return next((origin for origin in ("*", sent) if origin in self.origins), None)
 
 
 # ------------------------------------------------------------------------------------------ Limits
@@ -188,13 +98,11 @@ class Counter:
         if g.get("counted_for") != who:
             window, past = divmod(int(time.time()), seconds)
             g.counted_for, g.used, g.rest = who, self.add(f"{who} in {window}", seconds), seconds - past
-            rate_headers.set(
-                [
-                    ("RateLimit-Limit", str(most)),
-                    ("RateLimit-Remaining", str(max(most - g.used, 0))),
-                    ("RateLimit-Reset", str(g.rest)),
-                ]
-            )
+            request.environ["broker.limit"] = [
+                ("RateLimit-Limit", str(most)),
+                ("RateLimit-Remaining", str(max(most - g.used, 0))),
+                ("RateLimit-Reset", str(g.rest)),
+            ]
         if g.used > most:
             raise Refused(
                 "rate_limited",

@@ -17,5 +17,5 @@ def migrate(**where) -> None:
 if context.is_offline_mode():  # `flask --app app db upgrade --sql` prints the SQL instead of running it.
     migrate(url=db.engine.url, literal_binds=True, dialect_opts={"paramstyle": "named"})
 else:
-    with transaction() as (connection, _):
-        migrate(connection=connection)
+    with transaction():
+        migrate(connection=db.session.connection())

@@ -62,7 +62,7 @@ class Proxy:
     def forward(self, client, server):
         with cut_at_the_end(client, server):
             while sent := client.recv(65536):
-                failure = b"COMMIT" in sent and self.fail_at_commit
+                failure = b"COMMIT\0" in sent and self.fail_at_commit
                 if failure:
                     self.fail_at_commit, self.is_away = None, self.stays_away
                     cut(*(self.clients if self.is_away else [client]))  # Before anything is answered.

@@ -93,20 +93,24 @@ def test_a_trade_after_the_clock_moved_is_not_kept_waiting(server, alice, monkey
             advance(alice)
 
 
-def pinning_before_each(trader, method):
-    """`method`, and before each call the trader pins IBM at another price, from 1 on, in another process."""
+def pinning(trader, method, before):
+    """`method`, and at each call the trader pins IBM at another price, from 1 on, in another process."""
     prices = iter(range(1, 99))
 
     def pinned_and_called(*arguments):
-        trader.sees("IBM", at=next(prices))
-        return method(*arguments)
+        if before:
+            trader.sees("IBM", at=next(prices))
+        answer = method(*arguments)
+        if not before:
+            trader.sees("IBM", at=next(prices))
+        return answer
 
     return pinned_and_called
 
 
 def test_a_portfolio_is_answered_though_pins_change_all_the_time(server, alice, monkeypatch):
     with in_process(alice) as (program, ask):
-        always = pinning_before_each(alice, program["Account"].with_holdings)
+        always = pinning(alice, program["Account"].with_holdings, before=True)
         monkeypatch.setattr(program["Account"], "with_holdings", always)
         assert [ask("GET", "/api/v1/portfolio").status_code for _ in range(3)] == [200] * 3
 
@@ -123,9 +127,10 @@ def once_after(first, method):
 
 
 def test_a_trade_is_booked_though_pins_change_all_the_time(alice, monkeypatch):
+    """They change after the key was looked up, and before the account is locked."""
     with in_process(alice) as (program, ask):
-        always = pinning_before_each(alice, program["Account"].locked)
-        monkeypatch.setattr(program["Account"], "locked", always)
+        always = pinning(alice, program["Account"].with_key, before=False)
+        monkeypatch.setattr(program["Account"], "with_key", always)
         monkeypatch.setattr(random, "uniform", lambda low, high: pytest.fail("It pauses."))
         order = {"ticker": "IBM", "action": "buy", "quantity": 1}
         booked = [json.loads(ask("POST", "/api/v1/trade", json=order).text) for _ in range(3)]
@@ -135,12 +140,8 @@ def test_a_trade_is_booked_though_pins_change_all_the_time(alice, monkeypatch):
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_an_audit_whose_connection_is_lost_at_its_end_is_asked_for_again(alice, monkeypatch, method):
     with in_process(alice) as (program, ask):
-        database = sys.modules["database"]
-
-        def lose():
-            raise program["OutcomeUnknown"]
-
-        monkeypatch.setattr(database, "commit", once_after(lose, database.commit))
+        session = program["db"].session
+        monkeypatch.setattr(session, "close", once_after(lose_connection, session.close))
         assert ask(method, "/api/v1/account/audit").status_code == 200
 
 
@@ -163,7 +164,9 @@ def test_a_drill_that_takes_time_happens_once(server, alice, monkeypatch):
 def test_a_clock_whose_answer_met_a_lost_connection_has_moved_once(server, alice, monkeypatch):
     stop_clock(alice, "2012-06-01T00:00:00Z")
     with in_process(alice) as (program, ask):
-        monkeypatch.setattr(program["Pin"], "in_force", once_after(lose_connection, program["Pin"].in_force))
+        alice.sees("IBM", at=1)
+        pins = sys.modules["models"].Pin
+        monkeypatch.setattr(pins, "in_force", once_after(lose_connection, pins.in_force))
         moved = json.loads(ask("POST", "/api/v1/market/advance").text)
         assert moved["now"] == "2012-06-04T00:00:00Z"
     assert alice.get("/api/v1/market")["now"] == "2012-06-04T00:00:00Z"
@@ -186,7 +189,7 @@ def test_a_body_that_broke_off_is_never_an_order(alice, monkeypatch):
     with in_process(alice) as (program, ask):
         ask("GET", "/api/v1/portfolio")  # Now the key is looked up just before a refusal. That fails once.
         monkeypatch.setattr(
-            program["User"], "with_key", once_after(lose_connection, program["User"].with_key)
+            program["Account"], "with_key", once_after(lose_connection, program["Account"].with_key)
         )
         answer = ask(
             "POST",

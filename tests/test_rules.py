@@ -12,19 +12,8 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from models import (
-    ACCOUNT_LIMIT,
-    UNIT,
-    Account,
-    Costs,
-    Order,
-    Position,
-    Quote,
-    QuoteExpired,
-    Refused,
-    now,
-    plain,
-)
+from messages import ACCOUNT_LIMIT, UNIT, Order, Refused, plain
+from models import Account, Costs, Holding, Quote, QuoteExpired, now
 
 
 def account(cash="1000"):
@@ -32,7 +21,7 @@ def account(cash="1000"):
 
 
 def holding(quantity="0", cost="0"):
-    return Position(quantity=Decimal(quantity), cost_basis=Decimal(cost))
+    return Holding(ticker="AAPL", quantity=Decimal(quantity), cost_basis=Decimal(cost))
 
 
 def order(action, quantity, price=None):
@@ -41,7 +30,8 @@ def order(action, quantity, price=None):
 
 
 def quote(price, currency="USD", **more):
-    return Quote("AAPL", Decimal(price), currency, "sample", timestamp=now(), **more)
+    kind = {"ticker": "AAPL", "source": "sample"}
+    return Quote(price=Decimal(price), currency=currency, timestamp=now(), **kind, **more)
 
 
 def test_buying_takes_cash_and_adds_to_the_cost_of_the_holding():

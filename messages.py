@@ -1,0 +1,564 @@
+"""What comes in and what goes out: numbers, checks, requests, answers, and the JSON that they travel in.
+
+    Numbers and times   how exact amounts are, how large, and how they are written
+    Refusals            a "no" is an exception with a sentence
+    Checks              what a ticker, an amount, an email address may be
+    Requests            what can be asked, each as one class
+    Answers             the words that answers are made of; each thing's own answer stands beside it
+    JSON                read with exact digits, and written with them
+    Reading requests    the decorator `takes`
+
+Nothing here knows of accounts or of where prices come from.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from decimal import Decimal, DefaultContext, setcontext
+from functools import wraps
+from typing import Annotated, Literal, NotRequired
+from uuid import uuid4
+
+import orjson
+from flask import Response, g, request
+from flask.json.provider import JSONProvider
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
+from typing_extensions import TypedDict
+from werkzeug.exceptions import HTTPException
+
+# ------------------------------------------------------------------------------- Numbers and times
+
+UNIT = Decimal("0.00000001")
+"""The smallest step of every amount, price and quantity: 8 decimals."""
+
+ORDER_LIMIT = Decimal(10_000_000_000)
+"""An order's quantity and price stay below this."""
+
+ACCOUNT_LIMIT = Decimal(90_000_000_000)
+"""An account's cash, and the quantity and the cost of each of its holdings, stay below this.
+
+SQLite keeps amounts as integers of 10^-8, and 9.22e18 is the largest integer that it has.
+"""
+
+DefaultContext.prec = 60
+setcontext(DefaultContext)
+"""Two amounts multiply to 38 digits, and Python's 28 would round some away. Every thread that begins
+after this line takes its precision from `DefaultContext`."""
+
+
+def plain(number: Decimal) -> str:
+    """The exact digits of `number`: no exponent, no trailing zeros, no minus before a zero."""
+    if not number:
+        return "0"
+    text = str(number)
+    if "E" in text:
+        text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def iso(moment: datetime) -> str:
+    """`moment` as RFC 3339, in UTC, ending in `Z`."""
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def moment_from(text: str) -> datetime:
+    """The moment in an RFC 3339 text such as `2012-06-01T00:00:00Z`, in UTC; else ValueError."""
+    if not isinstance(text, str) or not re.fullmatch(
+        r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})",
+        text,
+    ):
+        raise ValueError("must be a time such as 2012-06-01T00:00:00Z")
+    try:
+        return datetime.fromisoformat(text.upper()).astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("must be a year from 1 to 9999") from error
+
+
+# ---------------------------------------------------------------------------------------- Refusals
+
+
+class Refused(Exception):
+    """A "no", with the reason in a sentence and its numbers: `Refused(code, detail, required=...)`."""
+
+    def __init__(self, code: str, detail: str, **members):
+        super().__init__(detail)
+        self.code, self.detail, self.members = code, detail, members
+
+
+def unauthorized() -> Refused:
+    return Refused("unauthorized", "Send your API key: `Authorization: Bearer <key>`.")
+
+
+def invalid(errors: Iterable[dict]) -> Refused:
+    """The refusal of a request with one entry in `errors` for each bad field."""
+    errors = list(errors)
+    sentence = "; ".join(f"{error['field']}: {error['message']}" for error in errors)
+    return Refused("invalid_request", f"{sentence}.", errors=errors)
+
+
+# ------------------------------------------------------------------------------------------ Checks
+
+TICKER = r"[.\-=^]*[A-Za-z0-9][A-Za-z0-9.\-=^]*"
+EMAIL = "[!-?A-~]+@[!-?A-~]+"
+API_KEY = "[!-~]{8,255}"
+
+
+def checked_ticker(text: str) -> str:
+    """`text` in upper case, if it can be a ticker. Checked first: `"ı".upper()` is `"I"`."""
+    if len(text) > 20 or not re.fullmatch(TICKER, text):
+        raise ValueError("must be 1 to 20 letters, digits and . - = ^")
+    return text.upper()
+
+
+def checked_decimal(value) -> Decimal:
+    """The Decimal in a string of plain digits; a JSON number was parsed as one already."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
+        value = Decimal(value)
+    if not isinstance(value, Decimal):
+        raise ValueError("must be a number or a decimal string")
+    return value
+
+
+def checked_amount(value) -> Decimal:
+    """An order's quantity or price."""
+    value = value if isinstance(value, Decimal) else checked_decimal(value)
+    if not 0 < value < ORDER_LIMIT:
+        raise ValueError(f"must be above 0 and below {ORDER_LIMIT}")
+    if value != (exact := value.quantize(UNIT)):
+        raise ValueError("must have at most 8 decimals")
+    return exact
+
+
+def checked_cash(value) -> Decimal:
+    """What an account begins with, in dollars."""
+    value = checked_decimal(value)
+    if not 0 <= value < ACCOUNT_LIMIT:
+        raise ValueError(f"must be from 0 to below {ACCOUNT_LIMIT}")
+    if value != (exact := value.quantize(UNIT)):
+        raise ValueError("must have at most 8 decimals")
+    return abs(exact)  # JSON knows -0
+
+
+def checked_email(text: str) -> str:
+    if len(text) > 254 or not re.fullmatch(EMAIL, text):
+        raise ValueError("must be an email address such as alice@example.com")
+    return text.lower()
+
+
+def checked_key(text: str) -> str:
+    if not re.fullmatch(API_KEY, text):
+        raise ValueError("must be 8 to 255 printable ASCII characters without spaces")
+    return text
+
+
+def whole(number):
+    """A JSON number as the integer that it is; `true` and 1.5 are none."""
+    if not isinstance(number, Decimal) or number != number.to_integral_value():
+        raise ValueError("must be a whole number")
+    return int(number) if abs(number) < 10**18 else 10**18
+
+
+def text_like(pattern: str, **more) -> WithJsonSchema:
+    """What a check says, for /openapi.json."""
+    return WithJsonSchema({"type": "string", "pattern": f"^{pattern}$", **more})
+
+
+def number_below(limit: Decimal, **more) -> WithJsonSchema:
+    number = {"type": "number", "exclusiveMaximum": int(limit), "multipleOf": 1e-8, **more}
+    not_zero = r"(?!0+(\.0+)?$)" if "exclusiveMinimum" in more else ""
+    digits = {"type": "string", "pattern": rf"^{not_zero}[0-9]{{1,10}}(\.[0-9]{{1,8}})?$"}
+    return WithJsonSchema({"anyOf": [number, digits]})
+
+
+Ticker = Annotated[str, AfterValidator(checked_ticker), text_like(TICKER, maxLength=20, examples=["AAPL"])]
+Action = Literal["buy", "sell"]
+OrderAmount = Annotated[
+    Decimal, BeforeValidator(checked_amount), number_below(ORDER_LIMIT, exclusiveMinimum=0)
+]
+Cash = Annotated[Decimal, BeforeValidator(checked_cash), number_below(ACCOUNT_LIMIT, minimum=0)]
+Email = Annotated[str, AfterValidator(checked_email), text_like(EMAIL, maxLength=254)]
+ApiKey = Annotated[str, AfterValidator(checked_key), text_like(API_KEY)]
+Moment = Annotated[datetime, BeforeValidator(moment_from)]
+
+# ---------------------------------------------------------------------------------------- Requests
+
+
+class NoOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Order(NoOptions):
+    """What a bot asks for."""
+
+    ticker: Ticker = Field(description="What to trade", examples=["AAPL"])
+    action: Action
+    quantity: OrderAmount = Field(description="Shares or coins", examples=["10"])
+    price: OrderAmount = Field(
+        None,
+        description="Dollars each: the most to pay, or the least to take. Without it: the market price",
+        examples=["150.25"],
+    )
+
+
+class TradeOptions(NoOptions):
+    dry_run: bool = Field(False, description="Answer as the trade would, and write nothing")
+
+
+class PathTicker(NoOptions):
+    ticker: Ticker
+
+
+class RunOption(NoOptions):
+    run: int = Field(None, ge=1, lt=2**31, description="The run of the account; without it, the current one")
+
+
+class Filters(RunOption):
+    """Which trades to show."""
+
+    ticker: Ticker = None
+    action: Action = None
+    since: Moment = Field(None, description="The earliest time to show, inclusive")
+    until: Moment = Field(None, description="The time before which to show, exclusive")
+
+
+class Page(Filters):
+    limit: int = Field(50, ge=1, le=500, description="Trades on a page")
+    cursor: int = Field(None, ge=1, lt=2**63, description="`next_cursor` of the page before")
+
+
+class Reset(NoOptions):
+    cash: Cash = Field(None, description="Dollars to begin with; without it, the server's `STARTING_CASH`")
+
+
+class NewAccount(Reset):
+    email: Email = Field(examples=["alice@example.com"])
+    key: ApiKey = None
+
+
+class Clock(NoOptions):
+    at: Moment | None
+
+
+class Advance(NoOptions):
+    bars: Annotated[int, BeforeValidator(whole)] = Field(1, ge=1, le=100_000)
+
+
+class PinnedPrice(NoOptions):
+    price: OrderAmount
+
+
+# ----------------------------------------------------------------------------------------- Answers
+
+
+def number(description: str, example: float):
+    """An exact number in an answer. A meaning of its own is told by `means`."""
+    schema = {"type": "number", "description": description, "examples": [example]}
+    return Annotated[Decimal, WithJsonSchema(schema)]
+
+
+def means(description: str, **more):
+    return Field(description=description, **more)
+
+
+Dollars = number("US dollars, exact, at most 8 decimals", 1502.5)
+Price = number("Dollars for one share or coin, exact, at most 8 decimals", 150.25)
+Shares = number("Shares or coins, exact, at most 8 decimals", 10)
+Percent = number("Percent, with 2 decimals", 1.25)
+BasisPoints = number("Hundredths of a percent", 5)
+Milliseconds = Annotated[float, means("Milliseconds")]
+Gigabytes = Annotated[float, means("GiB")]
+Time = Annotated[datetime, means("RFC 3339, UTC", examples=["2012-06-01T00:00:00Z"])]
+UserNumber = Annotated[int, means("The account's number", examples=[1])]
+RunNumber = Annotated[int, means("Counts how often the account has started over", examples=[1])]
+Symbol = Annotated[str, means("Ticker", examples=["AAPL"])]
+Secret = Annotated[str, means("The API key; it is shown this once")]
+Source = Literal["yahoo_finance", "yahoo", "alphavantage", "sample"]
+Health = Literal["healthy", "unhealthy"]
+Decimals = Annotated[int, means("Decimals at the most")]
+
+REHEARSED = {"id": None, "dry_run": True}
+"""What an answer has on top when nothing was booked."""
+
+
+class BalanceAnswer(TypedDict):
+    user_id: UserNumber
+    cash_balance: Dollars
+
+
+class RunAnswer(TypedDict):
+    user_id: UserNumber
+    run: RunNumber
+    cash_balance: Dollars
+
+
+class CostsAnswer(TypedDict):
+    commission_bps: BasisPoints
+    commission_min: Annotated[Dollars, means("The least commission, in dollars")]
+    slippage_bps: Annotated[BasisPoints, means("What a market order loses, in hundredths of a percent")]
+
+
+class LimitsAnswer(TypedDict):
+    order: Annotated[Dollars, means("A quantity and a price stay below this")]
+    account: Annotated[Dollars, means("Cash and each holding stay below this")]
+    body_bytes: Annotated[int, means("Bytes of a request's body at the most")]
+
+
+class ScalesAnswer(TypedDict):
+    quantity: Decimals
+    price: Decimals
+    total_amount: Decimals
+    percent: Decimals
+
+
+class RulesAnswer(TypedDict):
+    rules: list[str]
+    order_types: list[Literal["limit", "market"]]
+    costs: CostsAnswer
+    limits: LimitsAnswer
+    scales: ScalesAnswer
+    starting_cash: Dollars
+    price_sources: list[Source]
+    price_cache_seconds: Annotated[int, means("How long a quote holds")]
+
+
+class MarketAnswer(TypedDict):
+    source: Source
+    clock: Literal["wall", "manual"]
+    now: Annotated[Time, means("The market's time, in the recorded past")]
+    first_bar: Annotated[Time, means("Where the recorded market begins")]
+    last_bar: Annotated[Time, means("Where it ends")]
+    tickers: list[Symbol]
+    pins: dict[str, Price]
+
+
+class OpenedAccount(TypedDict):
+    user_id: UserNumber
+    email: str
+    cash_balance: Dollars
+    api_key: Secret
+
+
+class NewKey(TypedDict):
+    user_id: UserNumber
+    api_key: Secret
+
+
+class ClosedAccount(TypedDict):
+    user_id: UserNumber
+    closed: bool
+
+
+class ServerInfo(TypedDict):
+    platform: Annotated[str, means("Operating system")]
+    platform_version: str
+    architecture: Annotated[str, means("Processor's kind")]
+    python_version: str
+    cpu_count: int | None
+    memory_total_gb: Gigabytes
+    memory_available_gb: Gigabytes
+    cpu_percent: float
+
+
+class ProcessInfo(TypedDict):
+    pid: Annotated[int, means("The process that answers, one of several")]
+    started_at: Time
+
+
+class DatabaseHealth(TypedDict):
+    status: Health
+    engine: str
+    latency_ms: Milliseconds | None
+
+
+class Percentiles(TypedDict):
+    p50: Annotated[float, means("Milliseconds, the median")]
+    p95: Annotated[float, means("Milliseconds, of 95 %")]
+    p99: Annotated[float, means("Milliseconds, of 99 %")]
+
+
+class RequestsAnswer(TypedDict):
+    count: Annotated[int, means("Requests answered")]
+    errors: Annotated[int, means("Of these, answered with a status of 500 or above")]
+    latency_ms: Percentiles
+
+
+class HealthAnswer(TypedDict):
+    status: Health
+    timestamp: Time
+    version: Annotated[str, means("The program's version")]
+    uptime_seconds: Annotated[int, means("How long this process has run")]
+    process: ProcessInfo
+    server_info: ServerInfo
+    database: DatabaseHealth
+    prices: Annotated[dict, means("What the cache and each price source have seen")]
+    requests: RequestsAnswer
+
+
+class BadField(TypedDict):
+    field: Annotated[str, means("Which field")]
+    message: Annotated[str, means("What is wrong with it")]
+
+
+class Problem(TypedDict):
+    """Why not, after RFC 9457; the numbers of a refusal are members of their own."""
+
+    type: Annotated[str, means("`about:blank`")]
+    title: Annotated[str, means("The code, to read")]
+    status: Annotated[int, means("The answer's status once more")]
+    detail: Annotated[str, means("What is wrong, in a sentence")]
+    code: Annotated[str, means("What a bot goes by; it never changes")]
+    errors: NotRequired[list[BadField]]
+    required: NotRequired[Annotated[Dollars, means("What the order needs: dollars or shares")]]
+    available: NotRequired[Annotated[Dollars, means("What there is: dollars or shares")]]
+    price: NotRequired[Price]
+    market_price: NotRequired[Annotated[Price, means("What the market asks, in dollars")]]
+    limit: NotRequired[Annotated[Dollars, means("The amount to stay below")]]
+    ticker: NotRequired[Symbol]
+    currency: NotRequired[Annotated[str | None, means("ISO code, as far as the source names one")]]
+    trade_id: NotRequired[Annotated[str, means("The trade that the key belongs to")]]
+    rate_limit: NotRequired[Annotated[int, means("How many requests are answered in a window of time")]]
+    retry_after: NotRequired[Annotated[int, means("Seconds until the next window")]]
+
+
+# -------------------------------------------------------------------------------------------- JSON
+
+
+class ExactJSON(JSONProvider):
+    """JSON with the exact digits of Decimals, times in UTC ending in `Z`, and a newline at the end."""
+
+    def dumps(self, document, **options) -> str:
+        return self.response(document).get_data(as_text=True)
+
+    def response(self, document) -> Response:
+        body = orjson.dumps(document, in_json, orjson.OPT_APPEND_NEWLINE | orjson.OPT_PASSTHROUGH_DATETIME)
+        return Response(body, mimetype="application/json")
+
+
+def in_json(value: Decimal | datetime) -> orjson.Fragment | str:
+    """What orjson would not write as we do."""
+    return orjson.Fragment(plain(value)) if isinstance(value, Decimal) else iso(value)
+
+
+def parsed(content: bytes):
+    """The JSON document in `content`, every number of it an exact Decimal."""
+    try:
+        return json.loads(
+            content.decode(),
+            parse_int=Decimal,
+            parse_float=Decimal,
+            parse_constant=no_constant,
+            object_pairs_hook=unique_members,
+        )
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        reason = str(error) if type(error) is ValueError else "It cannot be parsed."
+        raise Refused("invalid_json", f"The body is not valid JSON. {reason}") from error
+
+
+def no_constant(name: str):
+    raise ValueError(f"{name} is no JSON number.")
+
+
+def unique_members(pairs: list) -> dict:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("A member appears twice.")
+    return members
+
+
+# -------------------------------------------------------------------------------- Reading requests
+
+
+def takes(body=None, query=NoOptions, path=None, body_may_miss=False, order_key=False):
+    """What a route takes: it is checked first, handed to the route, and told by /openapi.json.
+
+    The route is called with the `body`, the `query` and the order's key, as far as it takes them, and with
+    the parts of its `path`. An unknown member or parameter is refused, as is one that comes twice.
+    """
+
+    def decorate(route):
+        @wraps(route)
+        def reading(**parts):
+            asked = [read(body, body_may_miss)] if body else []
+            values = request.args.to_dict(flat=False) if request.query_string else {}
+            options = checked(query, {name: v[0] if len(v) == 1 else v for name, v in values.items()})
+            asked += [options] if query is not NoOptions else []
+            asked += [idempotency_key()] if order_key else []
+            return route(*asked, **(dict(checked(path, parts)) if path else parts))
+
+        reading.takes = {"body": body, "query": query, "path": path, "body_may_miss": body_may_miss}
+        reading.headers = [ORDER_KEY] if order_key else []
+        return reading
+
+    return decorate
+
+
+def refuses(*codes: str):
+    """The codes of a route's own refusals, for /openapi.json, less those that every route has."""
+
+    def decorate(route):
+        route.refuses = codes
+        return route
+
+    return decorate
+
+
+def read(model: type[BaseModel], may_miss: bool) -> BaseModel:
+    """The request's JSON body as a `model`; refused unless every member is known and in order."""
+    if "unreadable" in g:
+        raise g.unreadable  # Read again, it would seem to end where it broke off.
+    try:
+        content = request.get_data()
+    except Exception as error:  # Each server raises its own for a bad chunk; all are the client's.
+        refusal = Refused("invalid_json", "The body could not be read to its end.")
+        g.unreadable = error if isinstance(error, HTTPException) else refusal
+        raise g.unreadable from error
+    if request.content_length not in (None, len(content)):  # A server passes on one that was cut short.
+        raise Refused(
+            "invalid_json",
+            f"The body has {len(content)} bytes and Content-Length said {request.content_length}.",
+        )
+    if may_miss and not content:
+        return model()
+    if request.mimetype != "application/json":
+        raise Refused("unsupported_media_type", "Send JSON: `Content-Type: application/json`.")
+    return checked(model, parsed(content))
+
+
+def checked(model: type[BaseModel], document) -> BaseModel:
+    """`document` as a `model`, or `invalid_request` with one entry in `errors` for each bad field."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise invalid(
+            {
+                # Half of a surrogate pair, which JSON can name a member, has no UTF-8.
+                "field": ".".join(map(str, entry["loc"])).encode(errors="replace").decode() or "body",
+                "message": entry["msg"].removeprefix("Value error, "),
+            }
+            for entry in error.errors(include_url=False, include_context=False)[:20]
+        ) from None
+
+
+ORDER_KEY = "Idempotency-Key"
+
+
+def idempotency_key() -> str:
+    """The key under which an order is booked: the request's `Idempotency-Key`, or one of its own.
+
+    One of its own makes an order without a key as safe to repeat within the server as one with.
+    """
+    key = request.headers.get(ORDER_KEY)
+    if key is None:
+        return g.setdefault("own_key", f"request {uuid4()}")
+    if not re.fullmatch(r"[ -~]{1,255}", key):
+        raise invalid([{"field": ORDER_KEY, "message": "must be 1 to 255 printable ASCII characters"}])
+    return key

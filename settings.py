@@ -1,0 +1,110 @@
+"""The settings, one line each: its name, its kind, its default, and what it means.
+
+They come from the environment, or from `.env` beside this file; one that is empty counts as left out. A bad
+one ends the program with its name and the reason. Its value, which may be a password, is not shown.
+"""
+
+import os
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated
+
+from dotenv import load_dotenv
+from limits import RateLimitItem
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+import public
+from messages import checked_cash
+
+
+def checked_number(low: int, high: int):
+    def checked(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+            raise ValueError(f"it must be a whole number from {low} to {high}.")
+        return int(text)
+
+    return BeforeValidator(checked)
+
+
+def checked_cost(most: int):
+    def checked(text: str) -> Decimal:
+        cost = checked_cash(text)
+        if cost > most:
+            raise ValueError(f"it must be from 0 to {most}.")
+        return cost
+
+    return BeforeValidator(checked)
+
+
+def checked_sources(text: str) -> list[str]:
+    sources = [source.strip() for source in text.lower().split(",")]
+    if sources != ["sample"] and not set(sources) <= {"yahoo", "alphavantage"}:
+        raise ValueError("name yahoo, alphavantage or both, or sample alone.")
+    return sources
+
+
+def checked_database(url: str) -> str:
+    """`url` as SQLAlchemy wants it: psycopg2 must be named, and postgres:// is Heroku's spelling.
+
+    Of several hosts (`@a:5432,b:5432/name`), as PostgreSQL's own tools take them, each becomes a `host=`.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme in ("postgres", "postgresql") and rest:
+        if several := re.fullmatch(r"([^/?]*@)?([^/?@]*,[^/?@]*)/?([^?]*)\??(.*)", rest):
+            login, hosts, name, options = several.groups("")
+            rest = f"{login}/{name}?{options}&host=" + hosts.replace(",", "&host=")
+        return f"postgresql+psycopg2://{rest}"
+    if scheme == "sqlite" and rest.strip("/"):
+        return url
+    raise ValueError("it must begin with postgresql://, postgres:// or sqlite:///.")
+
+
+Port = Annotated[int, checked_number(1, 65535)]
+Seconds = Annotated[int, checked_number(1, 86_400)]
+Sources = Annotated[list[str], BeforeValidator(checked_sources)]
+Database = Annotated[str, AfterValidator(checked_database)]
+Dollars = Annotated[Decimal, BeforeValidator(checked_cash)]
+BasisPoints = Annotated[Decimal, checked_cost(10_000)]
+LeastCommission = Annotated[Decimal, checked_cost(1_000_000)]
+AdminKey = Annotated[str, AfterValidator(public.checked_admin_key)]
+Limit = Annotated[RateLimitItem, BeforeValidator(public.checked_limit)]
+Counter = Annotated[public.Counter, BeforeValidator(public.Counter)]
+Origins = Annotated[set[str], BeforeValidator(public.checked_origins)]
+
+
+def means(meaning: str, default=None):
+    """A setting's default, as one would write it, and what the setting means."""
+    return Field(default, description=meaning)
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(validate_default=True, arbitrary_types_allowed=True)
+
+    DATABASE_URL: Database | None = means(
+        "`postgresql://` (one host or several), `postgres://` or `sqlite:///`"
+    )
+    HOST: str = means("where `python app.py` listens", "127.0.0.1")
+    PORT: Port = means("where `python app.py` listens; gunicorn takes it too", "8000")
+    PRICE_SOURCES: Sources = means("asked in this order; or `sample`, alone", "yahoo,alphavantage")
+    ALPHAVANTAGE_API_KEY: str | None = means("without it that source is skipped")
+    PRICE_CACHE_SECONDS: Seconds = means("how long a quote holds", "180")
+    SAMPLE_MARKET: Path | None = means("another file for the recorded market")
+    STARTING_CASH: Dollars = means("dollars of a new account", "100000")
+    COMMISSION_BPS: BasisPoints = means("commission, in hundredths of a percent", "0")
+    COMMISSION_MIN: LeastCommission = means("the least commission, in dollars", "0")
+    SLIPPAGE_BPS: BasisPoints = means("what a market order loses to the market price", "0")
+    ADMIN_API_KEY: AdminKey | None = means("opens the endpoints under `/api/v1/users`")
+    RATE_LIMIT: Limit = means("what one API key may ask", "60000 per minute")
+    RATELIMIT_STORAGE_URI: Counter = means("or a Redis, where processes count together", "memory://")
+    CORS_ORIGINS: Origins | None = means("origins whose pages may call the API, or `*`")
+
+
+def read_settings() -> Settings:
+    load_dotenv(Path(__file__).with_name(".env"))
+    try:
+        return Settings.model_validate({name: text for name, text in os.environ.items() if text})
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        reason = fault["msg"].removeprefix("Value error, ")
+        raise SystemExit(f"{fault['loc'][0]} cannot be used: {reason}") from None
