@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import requests
-from conftest import ADMIN, ROOT, Server, Trader, environment, flask, loaded
+from cast import ADMIN, ROOT, Server, Trader, environment, flask, loaded
 
 
 def user(database, *arguments):

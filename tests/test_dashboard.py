@@ -13,7 +13,7 @@ from decimal import Decimal
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import ROOT, Trader
+from cast import ROOT, Trader
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 pytestmark = pytest.mark.parametrize("engine_name", ["sqlite"], indirect=True, scope="session")

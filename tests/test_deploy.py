@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import requests
 import yaml
-from conftest import ADMIN, ROOT, SETTINGS, Database, Server, environment, free_port
+from cast import ADMIN, ROOT, SETTINGS, Database, Server, environment, free_port
 from sqlalchemy import inspect
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 
-from conftest import ROOT, SETTINGS, Server
+from cast import ROOT, SETTINGS, Server
 
 README = (ROOT / "README.md").read_text()
 APP = (ROOT / "app.py").read_text()

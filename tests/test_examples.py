@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from conftest import ROOT, exact
+from cast import ROOT, exact
 
 RESULT = """\
 starting_cash          100000

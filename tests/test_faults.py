@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from conftest import ADMIN, ROOT, Database, Server, Trader, environment, exact, flask
+from cast import ADMIN, ROOT, Database, Server, Trader, environment, exact, flask
 from postgres import PostgresServer
 from sqlalchemy import text
 from sqlalchemy.engine import make_url

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Database, Server, flask
+from cast import ROOT, Database, Server, flask
 from postgres import COPY, PostgresServer, free_port
 from sqlalchemy import text
 from test_deploy import program_named

@@ -4,7 +4,7 @@ import json
 import socket
 
 import pytest
-from conftest import exact
+from cast import exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import pytest
 import requests
-from conftest import Server, exact, in_process
+from cast import Server, exact, in_process
 from sqlalchemy.exc import OperationalError
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 import simplejson
-from conftest import ADMIN, Trader
+from cast import ADMIN, Trader
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 

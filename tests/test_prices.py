@@ -18,7 +18,7 @@ from threading import Barrier
 import pytest
 import requests
 import simplejson
-from conftest import Database, Server, environment, exact, free_port
+from cast import Database, Server, environment, exact, free_port
 from simplejson import RawJSON
 from standins import MarketStandIn
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import redis
 import requests
-from conftest import ADMIN, Server, exact, free_port
+from cast import ADMIN, Server, exact, free_port
 
 ANSWERS = {
     "a page": ("GET", "/", 200),

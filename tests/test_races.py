@@ -11,7 +11,7 @@ from threading import Barrier, Lock
 
 import pytest
 import requests
-from conftest import ADMIN, Trader, in_process
+from cast import ADMIN, Trader, in_process
 
 MANY = 50
 

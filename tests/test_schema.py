@@ -1,7 +1,7 @@
 """The tables come from migrations alone, the same on both databases."""
 
 import pytest
-from conftest import ROOT, flask
+from cast import ROOT, flask
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import DBAPIError
 

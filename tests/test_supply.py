@@ -7,7 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 
-from conftest import ROOT
+from cast import ROOT
 from standins import MarketStandIn
 
 HOLE = {
