@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import uuid
 from contextlib import ExitStack
-from fcntl import LOCK_EX, LOCK_SH, LOCK_UN, flock
 from functools import cache, partial
 from pathlib import Path
 
@@ -19,30 +18,6 @@ from cast import ROOT, Database, Server, Trader
 from postgres import PostgresServer
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
-
-
-LONGEST = "prices faults dashboard openapi deploy commands public races high_availability input".split()
-"""Of the files that are run side by side these begin first, so that none is left over at the end."""
-
-GATE, ROOM = (open(ROOT / name) for name in ("pyproject.toml", "README.md"))  # Any two files to lock will do.
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
-    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """While a test that is marked `alone` runs, the other processes of the test run wait: it measures."""
-    flock(GATE, LOCK_EX)  # Whoever waits for the room keeps those who come later from it.
-    flock(ROOM, LOCK_EX if item.get_closest_marker("alone") else LOCK_SH)
-    flock(GATE, LOCK_UN)
-    try:
-        return (yield)
-    finally:
-        flock(ROOM, LOCK_UN)
 
 
 @pytest.fixture(scope="module")
