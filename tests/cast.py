@@ -11,6 +11,7 @@ import time
 import uuid
 from contextlib import contextmanager
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ from postgres import signal_each
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 from urllib3 import Retry
+from witness import Witness
 
 ROOT = Path(__file__).parent.parent
 ADMIN = "the-admin-key-of-the-tests"
@@ -29,6 +31,8 @@ SETTINGS = {
     for line in (ROOT / ".env.example").read_text().splitlines()
     if "=" in line and line.removeprefix("# ").split("=")[0].isupper()
 }
+
+WITNESSES: dict[frozenset, Witness] = {}
 
 
 def environment(**settings) -> dict:
@@ -134,6 +138,19 @@ class Server:
     def __exit__(self, *_):
         self.stop()
 
+    @cached_property
+    def witness(self) -> Witness:
+        """Holds each answer to this server's own description.
+
+        To describe itself takes a server half a second, so those with the same settings share a witness:
+        which answers there are does not depend on where the database and the server are.
+        """
+        where = "DATABASE_URL", "PORT"
+        kind = frozenset((name, str(value)) for name, value in self.settings.items() if name not in where)
+        if kind not in WITNESSES:
+            WITNESSES[kind] = Witness(requests.get(f"{self.url}/openapi.json", timeout=30).json())
+        return WITNESSES[kind]
+
     def trader(self, cash="100000", name="alice") -> "Trader":
         """Somebody with a new account."""
         email = f"{name}-{uuid.uuid4().hex[:12]}@example.com"
@@ -143,6 +160,7 @@ class Server:
             headers={"Authorization": f"Bearer {ADMIN}"},
             timeout=30,
         )
+        self.witness.hears(answer)
         assert answer.status_code == 201, answer.text
         return Trader(self, email, answer.json()["api_key"], answer.json()["user_id"])
 
@@ -152,6 +170,7 @@ class Trader:
 
     def __init__(self, server: Server, email: str, key: str, user_id: int):
         self.server, self.email, self.key, self.user_id = server, email, key, user_id
+        self.heard = set()  # Which answers of the description, by path, method and status.
         self.session = requests.Session()
         self.session.headers["Authorization"] = f"Bearer {key}"
         # A server may close a connection that it keeps alive, after a 413 say; a GET is then sent again.
@@ -160,7 +179,10 @@ class Trader:
         self.session.mount("http://", requests.adapters.HTTPAdapter(max_retries=again))
 
     def ask(self, method: str, path: str, **options) -> requests.Response:
-        return self.session.request(method, f"{self.server.url}{path}", timeout=60, **options)
+        """Ask and hear the answer, which must be as the server describes it."""
+        response = self.session.request(method, f"{self.server.url}{path}", timeout=60, **options)
+        self.heard.add(self.server.witness.hears(response))
+        return response
 
     def get(self, path: str, **parameters):
         """The JSON at `path`, its numbers as exact Decimals."""
