@@ -15,9 +15,17 @@ from pathlib import Path
 
 import pytest
 from cast import ROOT, Database, Server, Trader
+from hypothesis.configuration import set_hypothesis_home_dir
 from postgres import PostgresServer
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
+
+
+def pytest_configure(config):
+    """Hypothesis would keep what it learns in the working folder."""
+    folder = tempfile.TemporaryDirectory(prefix="broker-hypothesis-")
+    set_hypothesis_home_dir(folder.name)
+    config.add_cleanup(folder.cleanup)
 
 
 @pytest.fixture(scope="module")

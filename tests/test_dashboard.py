@@ -92,14 +92,17 @@ class Visit:
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(tmp_path_factory):
     chromium = shutil.which("chromium")
     if chromium is None and os.environ.get("CI") == "true":
         pytest.fail(NO_BROWSER)
     if chromium is None:
         pytest.skip(NO_BROWSER)
+    # Beside its profile, which Playwright keeps elsewhere, it writes into the home folder.
+    own = {"HOME": str(tmp_path_factory.mktemp("home"))}
+    elsewhere = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")} | own
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
+        browser = playwright.chromium.launch(executable_path=chromium, args=QUIET, env=elsewhere)
         yield browser
         browser.close()
 
