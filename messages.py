@@ -495,7 +495,7 @@ def takes(body=None, query=NoOptions, path=None, body_may_miss=False, order_key=
             return route(*asked, **(dict(checked(path, parts)) if path else parts))
 
         reading.takes = {"body": body, "query": query, "path": path, "body_may_miss": body_may_miss}
-        reading.headers = [ORDER_KEY] if order_key else []
+        reading.headers = [*getattr(route, "headers", []), *([ORDER_KEY] if order_key else [])]
         return reading
 
     return decorate

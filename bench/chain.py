@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from conftest import environment  # noqa: E402
+from cast import environment  # noqa: E402
 from postgres import PostgresServer  # noqa: E402
 
 KEY, WARM_UP, COUNTED = "bench-key-of-the-chain", 20, 3

@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import Server, environment  # noqa: E402
+from cast import Server, environment  # noqa: E402
 from postgres import PostgresServer  # noqa: E402
 
 CLIENTS, USERS, HOLDINGS, WORKERS = 16, 1000, 20, 2

@@ -25,7 +25,7 @@ import requests
 import simplejson
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from conftest import Database, Server, flask
+from cast import Database, Server, flask
 from postgres import PostgresServer
 
 TICKERS = {"AAPL": "33.33333333", "IBM": "7.00000007", "MSFT": "0.12345678"}

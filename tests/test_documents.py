@@ -8,7 +8,7 @@ from cast import ROOT, SETTINGS, Server
 
 README = (ROOT / "README.md").read_text()
 APP = (ROOT / "app.py").read_text()
-LIVE = {"id": r'"id": "\d+"', "trade_id": r'"trade_id": "\d+"', "a moment": r'"timestamp": "202[6-9]-[^"]+"'}
+LIVE = {"id": r'"id":"\d+"', "trade_id": r'"trade_id":"\d+"', "a moment": r'"timestamp":"202[6-9]-[^"]+"'}
 
 
 def test_the_endpoints_in_the_readme_are_the_routes(app):
@@ -37,10 +37,17 @@ def test_every_code_that_is_raised_has_a_status(app):
     assert set(re.findall(r'Refused\(\s*"(\w+)"', source)) <= app.STATUS.keys()
 
 
-def test_the_settings_are_told_where_they_are_looked_for():
-    read = set(re.findall(r'setting\(\s*"(\w+)"', APP))
-    table = README.split("## Settings")[1].split("## ")[0]
-    assert set(re.findall(r"`([A-Z_]+)`", table.split("| --- |")[-1].split("\n\n")[0])) == read == SETTINGS
+def test_the_settings_are_told_where_they_are_looked_for(app):
+    """In the README with default and meaning, and in .env.example with the default."""
+    fields = app.settings.__class__.model_fields
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \| (.+) \|$", README.split("## Settings")[1], re.M)
+    assert {name: (default, meaning) for name, default, meaning in rows} == {
+        name: (f"`{field.default}`" if field.default else "none", field.description)
+        for name, field in fields.items()
+    }
+    example = dict(re.findall(r"^# ([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.M))
+    assert example == {name: field.default or "" for name, field in fields.items()}
+    assert example.keys() == SETTINGS
 
 
 def anchors(page) -> set[str]:
