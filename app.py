@@ -42,6 +42,7 @@ from flask.cli import AppGroup
 from flask_migrate import Migrate, upgrade
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import IntegerConverter
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 import openapi
@@ -249,6 +250,10 @@ class Simulator(Flask):
                 time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
 
 
+class AsciiNumber(IntegerConverter):
+    regex = "[0-9]+"  # Python's digits are those of all scripts.
+
+
 def is_passing(error: Exception) -> bool:
     """Whether the same request may well succeed a moment later, and does no harm if it is made twice."""
     if isinstance(error, sa.exc.TimeoutError):
@@ -269,6 +274,7 @@ def is_passing(error: Exception) -> bool:
 app = Simulator("app")  # By name: `instance/` is then beside this file, wherever it is started from.
 app.json = ExactJSON(app)
 app.wsgi_app = gate = Gate(app.wsgi_app, settings.CORS_ORIGINS or set())
+app.url_map.converters["int"] = AsciiNumber
 app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
 use_database(app, DATABASE_URL)
@@ -526,6 +532,7 @@ def drillable(route):
         fault = request.headers.get(FAULT)
         if fault is None:
             return route(*asked)
+        fault = fault.lower()
         need_sample_market()
         if latency := re.fullmatch("latency=([0-9]{1,5})", fault):
             if not g.get("has_slept"):  # Once, however often the request is tried.

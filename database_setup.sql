@@ -156,5 +156,16 @@ ALTER TABLE ibkr_balances ADD COLUMN pin_changes INTEGER DEFAULT '0' NOT NULL;
 
 UPDATE alembic_version SET version_num='0006' WHERE alembic_version.version_num = '0005';
 
-COMMIT;
+-- Running upgrade 0006 -> 0008
 
+ALTER TABLE ibkr_trades ADD COLUMN asked VARCHAR(40);
+
+ALTER TABLE ibkr_trades ADD COLUMN order_id BIGINT;
+
+ALTER TABLE ibkr_trades DROP CONSTRAINT uq_ibkr_trades_user_id_idempotency_key;
+
+ALTER TABLE ibkr_trades ADD CONSTRAINT uq_ibkr_trades_user_id_run_idempotency_key UNIQUE (user_id, run, idempotency_key);
+
+UPDATE alembic_version SET version_num='0008' WHERE alembic_version.version_num = '0006';
+
+COMMIT;

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from decimal import Decimal, DefaultContext, setcontext
+from decimal import ROUND_FLOOR, ROUND_HALF_EVEN, Decimal, DefaultContext, setcontext
 from functools import wraps
 from typing import Annotated, Literal, NotRequired
 from uuid import uuid4
@@ -30,7 +30,10 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
+    field_validator,
+    model_validator,
 )
 from typing_extensions import TypedDict
 from werkzeug.exceptions import HTTPException
@@ -120,32 +123,28 @@ def checked_ticker(text: str) -> str:
 
 
 def checked_decimal(value) -> Decimal:
-    """The Decimal in a string of plain digits; a JSON number was parsed as one already."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", value):
+    """The Decimal in a string, as JSON writes numbers; a JSON number was parsed as one already."""
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,40}(\.[0-9]{1,40})?([eE][-+]?[0-9]{1,3})?", value):
         value = Decimal(value)
     if not isinstance(value, Decimal):
         raise ValueError("must be a number or a decimal string")
     return value
 
 
-def checked_amount(value) -> Decimal:
-    """An order's quantity or price."""
+def checked_amount(
+    value, rounding: str = ROUND_HALF_EVEN, least: Decimal = UNIT, limit=ORDER_LIMIT
+) -> Decimal:
+    """A price, or with another rounding a quantity, to 8 decimals: bots keep their books in binary floats."""
     value = value if isinstance(value, Decimal) else checked_decimal(value)
-    if not 0 < value < ORDER_LIMIT:
-        raise ValueError(f"must be above 0 and below {ORDER_LIMIT}")
-    if value != (exact := value.quantize(UNIT)):
-        raise ValueError("must have at most 8 decimals")
+    exact = value.quantize(UNIT, rounding) if abs(value) < limit else value
+    if not least <= exact < limit:
+        raise ValueError(f"must be {'above 0 and' if least else 'from 0 to'} below {limit}")
     return exact
 
 
 def checked_cash(value) -> Decimal:
     """What an account begins with, in dollars."""
-    value = checked_decimal(value)
-    if not 0 <= value < ACCOUNT_LIMIT:
-        raise ValueError(f"must be from 0 to below {ACCOUNT_LIMIT}")
-    if value != (exact := value.quantize(UNIT)):
-        raise ValueError("must have at most 8 decimals")
-    return abs(exact)  # JSON knows -0
+    return abs(checked_amount(value, least=Decimal(0), limit=ACCOUNT_LIMIT))  # JSON knows -0
 
 
 def checked_email(text: str) -> str:
@@ -161,10 +160,20 @@ def checked_key(text: str) -> str:
 
 
 def whole(number):
-    """A JSON number as the integer that it is; `true` and 1.5 are none."""
+    """The integer in a JSON number or in ASCII digits; `true`, 1.5 and `5_0` are none."""
+    if isinstance(number, str) and re.fullmatch("[0-9]{1,40}", number):
+        number = Decimal(number)
     if not isinstance(number, Decimal) or number != number.to_integral_value():
         raise ValueError("must be a whole number")
-    return int(number) if abs(number) < 10**18 else 10**18
+    return int(number) if abs(number) < 10**20 else 10**20
+
+
+def in_lower_case(word):
+    return word.lower() if isinstance(word, str) else word
+
+
+def means(description: str, **more):
+    return Field(description=description, **more)
 
 
 def text_like(pattern: str, **more) -> WithJsonSchema:
@@ -172,19 +181,30 @@ def text_like(pattern: str, **more) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "pattern": f"^{pattern}$", **more})
 
 
-def number_below(limit: Decimal, **more) -> WithJsonSchema:
-    number = {"type": "number", "exclusiveMaximum": int(limit), "multipleOf": 1e-8, **more}
-    not_zero = r"(?!0+(\.0+)?$)" if "exclusiveMinimum" in more else ""
-    digits = {"type": "string", "pattern": rf"^{not_zero}[0-9]{{1,10}}(\.[0-9]{{1,8}})?$"}
-    return WithJsonSchema({"anyOf": [number, digits]})
+def number_below(limit: Decimal, least: float = 1e-8) -> WithJsonSchema:
+    """What `checked_amount` takes, with exponents and with digits beyond the eighth decimal."""
+    number = {"type": "number", "minimum": least, "exclusiveMaximum": int(limit)}
+    not_zero = r"(?!0+(\.(0{1,7}|0{8}[0-9]*))?$)" if least else ""
+    digits = rf"^{not_zero}(?!9{{10}}\.9{{8}})[0-9]{{1,10}}(\.[0-9]{{1,40}})?$"
+    exponent = r"^[1-9](\.[0-9]{1,7})?[eE](-[1-7]|\+?[0-8])$"
+    return WithJsonSchema(
+        {"anyOf": [number, *({"type": "string", "pattern": p} for p in (digits, exponent))]}
+    )
+
+
+def whole_number(low: int, high: int):
+    return Annotated[int, Field(ge=low, le=high), BeforeValidator(whole)]
 
 
 Ticker = Annotated[str, AfterValidator(checked_ticker), text_like(TICKER, maxLength=20, examples=["AAPL"])]
 Action = Literal["buy", "sell"]
-OrderAmount = Annotated[
-    Decimal, BeforeValidator(checked_amount), number_below(ORDER_LIMIT, exclusiveMinimum=0)
+ActionWord = Annotated[Action, BeforeValidator(in_lower_case), means("In any case")]
+OrderAmount = Annotated[Decimal, BeforeValidator(checked_amount), number_below(ORDER_LIMIT)]
+Quantity = Annotated[Decimal, number_below(ORDER_LIMIT)]
+Notional = Annotated[
+    Decimal, BeforeValidator(lambda dollars: checked_amount(dollars, ROUND_FLOOR)), number_below(ORDER_LIMIT)
 ]
-Cash = Annotated[Decimal, BeforeValidator(checked_cash), number_below(ACCOUNT_LIMIT, minimum=0)]
+Cash = Annotated[Decimal, BeforeValidator(checked_cash), number_below(ACCOUNT_LIMIT, least=0)]
 Email = Annotated[str, AfterValidator(checked_email), text_like(EMAIL, maxLength=254)]
 ApiKey = Annotated[str, AfterValidator(checked_key), text_like(API_KEY)]
 Moment = Annotated[datetime, BeforeValidator(moment_from)]
@@ -193,20 +213,57 @@ Moment = Annotated[datetime, BeforeValidator(moment_from)]
 
 
 class NoOptions(BaseModel):
+    """A request; a member that is `null` counts as left out, unless there is no such member."""
+
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, document):
+        if not isinstance(document, dict):
+            return document
+        return {n: v for n, v in document.items() if v is not None or n not in cls.model_fields}
 
 
 class Order(NoOptions):
-    """What a bot asks for."""
+    """What a bot asks for: a quantity, or the dollars that it should come to."""
 
-    ticker: Ticker = Field(description="What to trade", examples=["AAPL"])
-    action: Action
-    quantity: OrderAmount = Field(description="Shares or coins", examples=["10"])
-    price: OrderAmount = Field(
-        None,
-        description="Dollars each: the most to pay, or the least to take. Without it: the market price",
-        examples=["150.25"],
+    ticker: Ticker = means("What to trade", examples=["AAPL"])
+    action: ActionWord
+    quantity: Quantity | Literal["all"] | None = means(
+        "Shares or coins; in a sale also `all`. Rounded to 8 decimals, in a purchase down", default=None
     )
+    notional: Notional | None = means(
+        "Instead of a quantity: dollars, rounded down to 8 decimals", default=None
+    )
+    price: OrderAmount | None = means(
+        "Dollars each: the most to pay, or the least to take. Without it: the market price", default=None
+    )
+
+    @field_validator("quantity", mode="before")
+    @classmethod
+    def taken(cls, quantity, fields: ValidationInfo):
+        """`all`, or the quantity as it is taken: a purchase must not come to more than was asked."""
+        if isinstance(quantity, str) and quantity.lower() == "all":
+            if fields.data.get("action") == "buy":
+                raise ValueError("must be a number in a purchase")
+            return "all"
+        return checked_amount(
+            quantity, ROUND_FLOOR if fields.data.get("action") == "buy" else ROUND_HALF_EVEN
+        )
+
+    @model_validator(mode="after")
+    def needs_a_size(self):
+        if (self.quantity is None) == (self.notional is None):
+            raise ValueError("give either quantity or notional")
+        return self
+
+    @property
+    def asked(self) -> str | None:
+        """What it says instead of a quantity."""
+        return (
+            f"notional {plain(self.notional)}" if self.notional else "all" if self.quantity == "all" else None
+        )
 
 
 class TradeOptions(NoOptions):
@@ -218,38 +275,44 @@ class PathTicker(NoOptions):
 
 
 class RunOption(NoOptions):
-    run: int = Field(None, ge=1, lt=2**31, description="The run of the account; without it, the current one")
+    run: whole_number(1, 2**31 - 1) = means("The account's run; without it, the current one", default=None)
 
 
 class Filters(RunOption):
     """Which trades to show."""
 
     ticker: Ticker = None
-    action: Action = None
+    action: ActionWord = None
     since: Moment = Field(None, description="The earliest time to show, inclusive")
     until: Moment = Field(None, description="The time before which to show, exclusive")
 
 
 class Page(Filters):
-    limit: int = Field(50, ge=1, le=500, description="Trades on a page")
-    cursor: int = Field(None, ge=1, lt=2**63, description="`next_cursor` of the page before")
+    limit: whole_number(1, 500) = Field(50, description="Trades on a page")
+    cursor: whole_number(1, 2**63 - 1) = Field(None, description="`next_cursor` of the page before")
 
 
 class Reset(NoOptions):
-    cash: Cash = Field(None, description="Dollars to begin with; without it, the server's `STARTING_CASH`")
+    cash: Cash | None = Field(
+        None, description="Dollars to begin with; without it, the server's `STARTING_CASH`"
+    )
 
 
 class NewAccount(Reset):
     email: Email = Field(examples=["alice@example.com"])
-    key: ApiKey = None
+    key: ApiKey | None = None
 
 
-class Clock(NoOptions):
+class Clock(BaseModel):
+    """Here `null` means something: that the clock runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
     at: Moment | None
 
 
 class Advance(NoOptions):
-    bars: Annotated[int, BeforeValidator(whole)] = Field(1, ge=1, le=100_000)
+    bars: whole_number(1, 100_000) | None = 1
 
 
 class PinnedPrice(NoOptions):
@@ -263,10 +326,6 @@ def number(description: str, example: float):
     """An exact number in an answer. A meaning of its own is told by `means`."""
     schema = {"type": "number", "description": description, "examples": [example]}
     return Annotated[Decimal, WithJsonSchema(schema)]
-
-
-def means(description: str, **more):
-    return Field(description=description, **more)
 
 
 Dollars = number("US dollars, exact, at most 8 decimals", 1502.5)
@@ -452,7 +511,7 @@ def parsed(content: bytes):
     """The JSON document in `content`, every number of it an exact Decimal."""
     try:
         return json.loads(
-            content.decode(),
+            content.decode("utf-8-sig"),  # Some editors begin a file with a byte order mark.
             parse_int=Decimal,
             parse_float=Decimal,
             parse_constant=no_constant,
@@ -460,6 +519,7 @@ def parsed(content: bytes):
         )
     except (ValueError, ArithmeticError, RecursionError) as error:
         reason = str(error) if type(error) is ValueError else "It cannot be parsed."
+        reason = "It is not in UTF-8." if isinstance(error, UnicodeDecodeError) else reason
         raise Refused("invalid_json", f"The body is not valid JSON. {reason}") from error
 
 

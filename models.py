@@ -302,7 +302,9 @@ class TradeAnswer(TypedDict):
     market_price: Annotated[Price, means("What the market asked, in dollars")]
     price_source: Source
     timestamp: Annotated[Time, means("When it was booked")]
+    market_time: Annotated[Time, means("The market's own time of the price that it was judged by")]
     run: RunNumber
+    order_id: Annotated[str | None, means("The resting order that it filled, if it did")]
     dry_run: NotRequired[Annotated[bool, means("Only rehearsed")]]
 
 
@@ -330,11 +332,13 @@ class Trade(db.Model):
     market_price: Mapped[Amount]
     price_source: Mapped[str] = mapped_column(sa.String(20))
     idempotency_key: Mapped[str] = mapped_column(sa.String(255))
+    asked: Mapped[str | None] = mapped_column(sa.String(40))
+    order_id: Mapped[int | None] = mapped_column(BigInteger)
     market_time: Mapped[Moment]
     created_at: Mapped[Moment]
 
     __table_args__ = (
-        UniqueConstraint("user_id", "idempotency_key"),
+        UniqueConstraint("user_id", "run", "idempotency_key"),
         Index(None, "user_id", "id"),
         CheckConstraint("trade_type IN ('buy', 'sell')", name="trade_type"),
         CheckConstraint("order_type IN ('limit', 'market')", name="order_type"),
@@ -358,8 +362,9 @@ class Trade(db.Model):
     def is_for(self, order: Order) -> bool:
         """Whether it came of `order`: the same in meaning, whatever its bytes were."""
         limit = self.price if self.order_type == "limit" else None
-        asked = (order.ticker, order.action, order.quantity, order.price)
-        return asked == (self.ticker, self.trade_type, self.quantity, limit)
+        size = self.asked or self.quantity
+        asked = (order.ticker, order.action, order.asked or order.quantity, order.price)
+        return asked == (self.ticker, self.trade_type, size, limit)
 
     @classmethod
     def of(cls, user_id: int, trade_id: int) -> "Trade | None":
@@ -403,7 +408,9 @@ class Trade(db.Model):
             "market_price": self.market_price,
             "price_source": self.price_source,
             "timestamp": self.created_at,
+            "market_time": self.market_time,
             "run": self.run,
+            "order_id": self.order_id and str(self.order_id),
         }
 
 
@@ -636,15 +643,17 @@ class Account(db.Model):
         price = order.price or costs.slipped(order.action, quote.price)
         if price >= ORDER_LIMIT:
             raise Refused("limit_exceeded", f"A price stays below {ORDER_LIMIT}.", limit=ORDER_LIMIT)
-        rounding = ROUND_CEILING if order.action == "buy" else ROUND_FLOOR
-        total = value_of(order.quantity, price, rounding)
+        quantity = self.quantity_of(order, price, holding)
+        total = value_of(quantity, price, ROUND_CEILING if order.action == "buy" else ROUND_FLOOR)
         trade = Trade(
             user_id=self.user_id,
             run=self.run,
             ticker=order.ticker,
             trade_type=order.action,
             order_type="limit" if order.price else "market",
-            quantity=order.quantity,
+            quantity=quantity,
+            asked=order.asked,
+            order_id=None,
             price=price,
             total_amount=total,
             commission=costs.commission(total),
@@ -660,6 +669,23 @@ class Account(db.Model):
             self.sell(trade, holding)
         trade.cash_after = self.cash_balance
         return trade
+
+    @staticmethod
+    def quantity_of(order: Order, price: Decimal, holding: Holding) -> Decimal:
+        """How much `order` trades at `price`: what it says, all that is held, or what its dollars come to."""
+        quantity = order.quantity
+        if order.notional:
+            quantity = rounded(order.notional / price, ROUND_FLOOR)
+        elif order.quantity == "all":
+            quantity = holding.quantity
+            if not quantity:
+                raise Refused(
+                    "insufficient_shares", f"You have no {order.ticker} to sell.", available=quantity
+                )
+        if not UNIT <= quantity < ORDER_LIMIT:
+            sentence = f"That comes to {plain(quantity)}; a quantity is above 0 and below {ORDER_LIMIT}."
+            raise Refused("limit_exceeded", sentence, limit=ORDER_LIMIT)
+        return quantity
 
     def buy(self, trade: Trade, holding: Holding) -> None:
         """Pay for `trade` and put the shares into `holding`."""
@@ -738,8 +764,8 @@ class Account(db.Model):
         The account's row is locked first and all is read after that, so whoever comes second waits and then
         sees what the first one did; a join in the locking statement would still see the holding as it was
         before the wait. What else a trade needs is read along: its `holding` in `ticker`, and which trade was
-        booked under `order_key` (`trade_under_key`). `Refused` if the API key is no longer the one with this
-        hash.
+        booked under `order_key` in this run (`earlier`). `Refused` if the API key is no longer the one with
+        this hash.
         """
         own = {"owner": user_id, "key_hash": key_hash, "held_ticker": ticker, "order_key": order_key}
         is_locked = db.engine.dialect.name == "sqlite"  # All of it, by BEGIN IMMEDIATE.
@@ -1007,7 +1033,11 @@ class Books:
 HAS_THE_KEY = (User.api_key_hash == bindparam("key_hash")) & User.closed_at.is_(None)
 OWN_ACCOUNT = Account.user_id == bindparam("owner")
 OWN_HOLDING = (Holding.user_id == bindparam("owner")) & (Holding.ticker == bindparam("held_ticker"))
-UNDER_KEY = (Trade.user_id == bindparam("owner")) & (Trade.idempotency_key == bindparam("order_key"))
+UNDER_KEY = (
+    (Trade.user_id == bindparam("owner"))
+    & (Trade.run == Account.run)
+    & (Trade.idempotency_key == bindparam("order_key"))
+)
 ACCOUNT, TRADE_COLUMNS = Account.__table__.columns, Trade.__table__.columns.keys()
 
 ACCOUNT_WITH_KEY = sa.select(*ACCOUNT).join(User).where(HAS_THE_KEY)

@@ -17,7 +17,6 @@ NOT_JSON = [
     b"\x00",
     b"\xff\xfe{\x00}\x00",
     json.dumps(ORDER).encode("utf-16"),
-    b"\xef\xbb\xbf" + json.dumps(ORDER).encode(),
     b"[" * 60_000,
     b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
     b'{"ticker":"AAPL","action":"buy","quantity":NaN}',
@@ -40,17 +39,26 @@ WRONG_ORDERS = [
     ORDER | {"quantity": None},
     ORDER | {"quantity": []},
     ORDER | {"quantity": {"$gt": 0}},
-    ORDER | {"quantity": "1e3"},
     ORDER | {"quantity": " 1"},
     ORDER | {"quantity": "1_0"},
+    ORDER | {"quantity": "1e"},
+    ORDER | {"quantity": "all"},
+    ORDER | {"quantity": "1e9999"},
+    ORDER | {"quantity": "9999999999.9999999951", "action": "sell"},
+    ORDER | {"price": "9999999999.999999995"},
+    ORDER | {"price": "0.000000004"},
+    ORDER | {"notional": 1},
+    ORDER | {"quantity": None, "notional": "0.000000009"},
+    ORDER | {"quantity": None, "notional": "all"},
+    ORDER | {"action": None},
+    ORDER | {"action": "ＢＵＹ"},
+    ORDER | {"tikcer": None},
     ORDER | {"quantity": "１"},
     ORDER | {"quantity": "NaN"},
     ORDER | {"quantity": "0.000000001"},
     ORDER | {"quantity": "10000000000"},
     ORDER | {"quantity": "9" * 5000},
-    ORDER | {"price": None},
     ORDER | {"price": "free"},
-    ORDER | {"action": "BUY"},
     ORDER | {"action": "short"},
     ORDER | {"action": ["buy"]},
     ORDER | {"ticker": ""},
@@ -107,7 +115,7 @@ def test_a_wrong_order_is_refused_with_the_field_that_is_wrong(carol, order):
 
 
 def test_the_numbers_of_json_are_refused_by_their_value(carol):
-    for number in ("1e400", "-1e400", "1e-400", "-0", "9" * 5000, "0." + "1" * 5000, "1e10", "0.1e-8"):
+    for number in ("1e400", "-1e400", "1e-400", "-0", "9" * 5000, "1e10", "0.1e-8"):
         body = '{"ticker":"AAPL","action":"buy","quantity":' + number + "}"
         response = carol.ask("POST", "/api/v1/trade", data=body, headers=JSON)
         assert refused(response, 400)["errors"][0]["field"] == "quantity"
@@ -123,6 +131,7 @@ def test_a_body_must_say_that_it_is_json_and_stay_below_64_kib(carol):
 @pytest.mark.parametrize(
     "query",
     [
+        "limit=5_0", "limit=%2B5", "limit=%EF%BC%95", "cursor=1_0", "run=%D9%A1",
         "limit=0", "limit=501", "limit=x", "limit=1&limit=2", "limit=" + "9" * 3000, "cursor=x",
         "cursor=-1",
         "cursor=99999999999999999999", "since=yesterday", "since=2026-01-01", "since=1700000000",

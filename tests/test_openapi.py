@@ -145,11 +145,12 @@ SCHEMATHESIS = """
 [checks.positive_data_acceptance]
 expected-statuses = [200, 201, 401, 403, 404, 409, 422]
 
-# Well formed, and refused for what it means: a page that is not one's own, a time that is not recorded.
+# Well formed, and refused for what it means: a page that is not one's own, a time that is not recorded, an
+# order without a size.
 [[operations]]
-include-name = ["GET /api/v1/trades", "PUT /api/v1/market/clock"]
+include-name = ["GET /api/v1/trades", "PUT /api/v1/market/clock", "POST /api/v1/trade"]
 [operations.checks.positive_data_acceptance]
-expected-statuses = [200, 400, 401, 403]
+expected-statuses = [200, 400, 401, 403, 404, 409, 422]
 """
 
 

@@ -207,13 +207,6 @@ def test_a_refused_order_does_not_use_its_key_up(server):
     assert alice.buys(1, "AAPL", key="k")["total_amount"] == 50
 
 
-def test_a_replay_outlives_a_new_run(alice):
-    first = alice.sees("AAPL", at=100).buys(1, "AAPL", key="k")
-    alice.ask("POST", "/api/v1/account/reset")
-    assert alice.buys(1, "AAPL", key="k") == first
-    assert alice.trades == []
-
-
 # Rehearsal
 
 
