@@ -232,6 +232,7 @@ const HOLDING_COLUMNS = [
   ["td", (cell, h) => {
     const time = within(cell, "time");
     time.dateTime = h.price_timestamp ?? "";
+    time.dataset.stale = h.stale ? h.market_time : "";
     drawAge(time);
   }],
   ["td", (cell, h) => {
@@ -248,6 +249,11 @@ const TRADE_COLUMNS = [
     const time = within(cell, "time");
     time.dateTime = t.timestamp;
     draw(time, clockTime(t.timestamp));
+  }],
+  ["td", (cell, t) => {
+    const time = within(cell, "time");
+    time.dateTime = t.market_time;
+    draw(time, clockTime(t.market_time));
   }],
   ["td", (cell, t) => draw(cell, t.trade_type === "buy" ? "Buy" : "Sell")],
   ["td", (cell, t) => draw(cell, t.ticker)],
@@ -359,6 +365,7 @@ function drawSources() {
 function drawAge(time) {
   const timestamp = time.dateTime;
   if (!timestamp) return draw(time, "no price", "muted");
+  if (time.dataset.stale) return draw(time, `stale, of ${day(time.dataset.stale)}`, "loss", clockTime(time.dataset.stale) + " UTC");
   draw(time, seen.market?.clock === "manual" ? day(timestamp) : `${age(timestamp)} ago`, "", clockTime(timestamp) + " UTC");
 }
 
@@ -627,7 +634,8 @@ async function refreshQuote() {
     quoted = quote;
     quoteMayChange = true;
     const taken = seen.market?.clock === "manual" ? day(quote.timestamp) : `${age(quote.timestamp)} ago`;
-    draw($("quote"), `${quote.ticker}: ${price(quote.price)} ${quote.currency ?? "(currency unknown)"}, ${taken}`);
+    const old = quote.stale ? `; stale, its market last saw it on ${day(quote.market_time)}` : "";
+    draw($("quote"), `${quote.ticker}: ${price(quote.price)} ${quote.currency ?? "(currency unknown)"}, ${taken}${old}`);
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
     if (ticker !== ticketTicker()) return;
@@ -655,7 +663,9 @@ function sayOrder(text, look) {
 
 /** The order in the ticket as it goes out, amounts as the text that was typed. */
 function ticketOrder() {
-  const order = { ticker: ticketTicker(), action: ticketAction(), quantity: $("quantity").value.trim() };
+  const size = $("quantity").value.trim();
+  const sized = size.startsWith("$") ? { notional: size.slice(1).trim() } : { quantity: size };
+  const order = { ticker: ticketTicker(), action: ticketAction(), ...sized };
   const limit = $("price").value.trim();
   return JSON.stringify(limit ? { ...order, price: limit } : order);
 }
@@ -687,7 +697,8 @@ async function sendOrder(isRehearsal) {
     if (!(problem instanceof Problem)) throw problem;
     sayOrder(...refusal(problem, isRehearsal));
     for (const { field } of problem.document.errors ?? []) {
-      if (["ticker", "quantity", "price"].includes(field)) $(field).setAttribute("aria-invalid", "true");
+      const input = field === "notional" ? "quantity" : field;
+      if (["ticker", "quantity", "price"].includes(input)) $(input).setAttribute("aria-invalid", "true");
     }
   } finally {
     sending = false;

@@ -183,10 +183,18 @@ def test_an_order_is_booked_and_shown(visit):
     assert visit.row("holdings-rows")[:7] == [
         *("AAPL", "10", "560.99", "560.9900", "5,609.90", "0.00", "0.00")
     ]
-    assert visit.row("trades-rows")[1:10] == [
-        *("Buy", "AAPL", "10", "560.99", "5,609.90", "0.00", "", "94,390.10", "Sample market")
+    assert visit.row("trades-rows")[1:11] == [
+        *("2012-06-01 00:00:00", "Buy", "AAPL", "10", "560.99", "5,609.90", "0.00", "", "94,390.10", "Sample market")
     ]
     assert alice.holdings == {"AAPL": (10, Decimal("5609.9"))}
+
+
+def test_dollars_buy_and_all_sells(visit):
+    visit.signs_in().writes_an_order("buy", "$1000", "aapl").presses("Place buy order")
+    visit.reads("order-result", "Bought 1.78256296 AAPL at 560.99 USD")
+    visit.writes_an_order("sell", "all", "AAPL").presses("Place sell order")
+    visit.reads("order-result", "Sold 1.78256296 AAPL at 560.99 USD")
+    assert visit.trader.holdings == {}
 
 
 def test_a_sale_shows_its_profit(visit):
@@ -320,9 +328,9 @@ def test_amounts_are_shown_with_their_exact_digits(browser, server):
         expect(visit["cash"]).to_have_attribute("title", "89,999,999,998.79345677")
         expect(visit["trades-rows"].locator("tr")).to_have_count(3)
         assert visit.row("holdings-rows")[1:4] == ["0.30000001", "1.10", "1.1000"]
-        assert visit.row("trades-rows")[3] == "0.00000001"
+        assert visit.row("trades-rows")[4] == "0.00000001"
         decimal_points = visit.page.evaluate(
-            """() => [...document.querySelectorAll("#trades-rows td:nth-child(4)")].map((cell) => {
+            """() => [...document.querySelectorAll("#trades-rows td:nth-child(5)")].map((cell) => {
                 const [range, at] = [document.createRange(), cell.textContent.indexOf(".")];
                 range.setStart(cell.firstChild, at);
                 range.setEnd(cell.firstChild, at + 1);
@@ -346,7 +354,7 @@ def test_older_trades_are_a_page_away(visit):
     expect(visit["trades-rows"].locator("tr")).to_have_count(25)
     visit.presses("Older").reads("page-number", "Page 2")
     expect(visit["trades-rows"].locator("tr")).to_have_count(2)
-    assert [row.split("\t")[3] for row in visit["trades-rows"].inner_text().split("\n")] == ["2", "1"]
+    assert [row.split("\t")[4] for row in visit["trades-rows"].inner_text().split("\n")] == ["2", "1"]
     visit.presses("Newer").reads("page-number", "Page 1")
     expect(visit["trades-rows"].locator("tr")).to_have_count(25)
 
