@@ -272,7 +272,7 @@ app.wsgi_app = gate = Gate(app.wsgi_app, settings.CORS_ORIGINS or set())
 app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
 use_database(app, DATABASE_URL)
-Migrate(app, db)
+Migrate(app, db, os.path.join(app.root_path, "migrations"))  # Its own default is below the working folder.
 
 YAHOO_FOLDER = os.path.join(app.instance_path, "yfinance")
 
