@@ -130,8 +130,21 @@ def with_request_id(line: logging.LogRecord) -> bool:
     return True
 
 
+def before_query(text: str) -> str:
+    """`text` up to a URL's query, in which somebody may have put a key."""
+    return text.partition("?")[0]
+
+
+def without_query(line: logging.LogRecord) -> bool:
+    """Cut a line short in which a web server quotes what it cannot read, such as `GET /a b?key=...`."""
+    line.msg, line.args = before_query(line.getMessage()), ()
+    return True
+
+
 logging.basicConfig(level=logging.INFO, format="%(message)s%(request_id)s")
 logging.getLogger().handlers[0].addFilter(with_request_id)
+for web_server in ("gunicorn.error", "werkzeug"):
+    logging.getLogger(web_server).addFilter(without_query)
 
 settings = read_settings()
 PRICE_SOURCES = settings.PRICE_SOURCES
@@ -201,7 +214,7 @@ class Gate:
             self.count += 1
             self.errors += answered >= "500"
             self.last.append(milliseconds)
-            path = "?".join(filter(None, (environ["PATH_INFO"], environ.get("QUERY_STRING"))))
+            path = before_query(environ["PATH_INFO"])  # Where a `?` can stand as well: sent as %3F.
             asked = f"{environ['REQUEST_METHOD']} {path} {environ['SERVER_PROTOCOL']}"
             address, booked = environ.get("REMOTE_ADDR"), environ.get("broker.booked", "")
             app.logger.info("%s %s %s %.1f ms%s", address, quoted(asked), answered, milliseconds, booked)
@@ -278,7 +291,7 @@ app.url_map.converters["int"] = AsciiNumber
 app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
 use_database(app, DATABASE_URL)
-Migrate(app, db)
+Migrate(app, db, os.path.join(app.root_path, "migrations"))  # Its own default is below the working folder.
 
 YAHOO_FOLDER = os.path.join(app.instance_path, "yfinance")
 

@@ -205,6 +205,22 @@ def test_the_test_user_is_never_made_on_a_database_that_was_named(new_database):
         assert database.run("SELECT count(*) FROM ibkr_users") == [(0,)]
 
 
+def test_the_commands_work_from_any_folder(tmp_path):
+    url, empty = f"sqlite:///{tmp_path}/database.db", tmp_path / "empty"
+    empty.mkdir()
+    for command in (["db", "upgrade"], ["db", "check"], ["user", "list"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "flask", "--app", ROOT / "app.py", *command],
+            cwd=empty,
+            env=environment(DATABASE_URL=url, PRICE_SOURCES="sample"),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+    assert not list(empty.iterdir())
+
+
 def test_a_database_without_tables_is_one_clear_line(new_database):
     done = python_app_py(DATABASE_URL=new_database().url)
     assert done.returncode == 1

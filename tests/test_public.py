@@ -105,7 +105,25 @@ def test_the_log_has_a_line_for_what_only_browsers_ask_whatever_the_server(app, 
     asked |= {"HTTP_ORIGIN": ORIGIN, "HTTP_ACCESS_CONTROL_REQUEST_METHOD": "POST"}
     with caplog.at_level("INFO"):
         gate(asked, lambda status, headers: None)
-    assert caplog.messages[0].startswith(r'127.0.0.1 "OPTIONS /a\nb?c=1 HTTP/1.1" 204 ')
+    assert caplog.messages[0].startswith(r'127.0.0.1 "OPTIONS /a\nb HTTP/1.1" 204 ')
+
+
+@pytest.mark.parametrize("command", [None, [sys.executable, "app.py"]], ids=["gunicorn", "python"])
+def test_no_line_of_the_log_shows_a_key_that_somebody_put_into_a_url(command, new_database_on):
+    asked = ["GET /health?key=SECRET HTTP/1.1", "PUT /health?key=SECRET HTTP/1.1"]
+    asked += ["GET /no%3Fkey=SECRET HTTP/1.1", "GET http://[/no?key=SECRET HTTP/1.1"]
+    asked += ["GET /no path?key=SECRET HTTP/1.1", "GET /no?key=SECRET"]
+    database = new_database_on("sqlite").migrate()
+    with Server(database.url, command=command, workers=1) as server:
+        for line in asked:
+            with socket.create_connection(("127.0.0.1", server.port), timeout=9) as client:
+                client.sendall(f"{line}\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+                while client.recv(4096):
+                    pass
+        log = server.log()
+    assert "SECRET" not in log
+    for told in ('"GET /health HTTP/1.1" 200 ', '"PUT /health HTTP/1.1" 405 ', '"GET /no HTTP/1.1" 404 '):
+        assert told in log
 
 
 def test_an_id_that_comes_twice_does_not_make_one_trade_of_two(alice):

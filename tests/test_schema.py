@@ -18,6 +18,47 @@ def test_the_schema_goes_up_and_down_and_up_again(new_database):
         assert done.returncode == 0, done.stderr
 
 
+def everything(database) -> dict:
+    """All that is in a database: its schema and its rows."""
+    tables = inspect(database.engine).get_table_names()
+    schema = "SELECT sql FROM sqlite_master WHERE sql NOT NULL ORDER BY 1"
+    if database.engine.dialect.name == "postgresql":
+        schema = "SELECT tgname, proname FROM pg_trigger JOIN pg_proc p ON p.oid = tgfoid ORDER BY 1, 2"
+    rows = {table: sorted(map(repr, database.run(f"SELECT * FROM {table}"))) for table in tables}
+    return {"columns": columns(database), "schema": database.run(schema), "rows": rows}
+
+
+@pytest.mark.parametrize("goal", ["base", "0003", "0005"])
+def test_going_down_loses_accounts_and_trades_only_for_whoever_says_so(new_database, goal, caplog):
+    database = new_database().migrate()
+    insert = "INSERT INTO ibkr_"
+    database.run(
+        insert + "users (id, email, api_key_hash, created_at) VALUES (1, 'a@b.c', 'x', '2026-01-01')"
+    )
+    database.run(
+        insert + "runs (user_id, run, starting_cash, cash_balance, market_time, ended_at) "
+        "VALUES (1, 1, 5, 5, '2026-01-01', '2026-01-01')"
+    )
+    before = everything(database)
+    refused = flask("db", "downgrade", goal, DATABASE_URL=database.url)
+    assert refused.returncode == 1
+    (line,) = [line for line in caplog.messages if "lose-data" in line]
+    assert "ibkr_runs" in line
+    assert ("ibkr_users" in line) == (goal == "base")
+    assert "Traceback" not in refused.stderr
+    assert everything(database) == before
+
+    done = flask("db", "downgrade", "-x", "lose-data", goal, DATABASE_URL=database.url)
+    assert done.returncode == 0, done.stderr
+    assert "ibkr_runs" not in columns(database)
+
+
+def test_prices_alone_keep_nobody_from_going_down(new_database):
+    database = new_database().migrate()
+    database.run("INSERT INTO ibkr_market (id, kind) VALUES (1, 'sample')")
+    assert flask("db", "downgrade", "base", DATABASE_URL=database.url).returncode == 0
+
+
 def test_the_tables_have_the_columns_that_were_promised(database):
     tables = columns(database)
     assert tables["ibkr_users"] == {"id", "email", "api_key_hash", "created_at", "closed_at"}
