@@ -104,7 +104,6 @@ from pricing import (
     BAR_SECONDS,
     SAMPLE_FILE,
     AlphaVantage,
-    BadFile,
     LiveMarket,
     NoSuchTicker,
     SampleMarket,
@@ -113,6 +112,7 @@ from pricing import (
     no_such_ticker,
     yahoo_is_reachable,
 )
+from recorded import BadFile
 from settings import read_settings
 
 VERSION = "1.0.0"
@@ -440,7 +440,7 @@ def market_of(account: Account) -> MarketAnswer:
         "now": market.time(account),
         "first_bar": market.bars[0],
         "last_bar": market.bars[-1],
-        "tickers": sorted(market.closes),
+        "tickers": list(market.series),
         "pins": account.pins,
     }
 
@@ -481,9 +481,10 @@ def advance(step: Advance) -> MarketAnswer:
     need_sample_market()
     with transaction(g.user_id):
         account = Account.locked(g.user_id, g.key_hash)
-        if account.market_clock is None:
+        clock = market.clock(account)
+        if clock is None:
             raise Refused("clock_is_running", "Stop the clock first: PUT /api/v1/market/clock.")
-        account.stop_clock(market.bar_after(account.market_clock, step.bars))
+        account.stop_clock(market.bar_after(clock, step.bars))
         return market_of(account)  # Read before it is committed: so it is safe to repeat.
 
 
@@ -506,7 +507,7 @@ def unpin_price(ticker: str) -> MarketAnswer:
 
 
 def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
-    if ticker not in market.closes:
+    if ticker not in market.series:
         raise no_such_ticker(ticker)
     with transaction(g.user_id):
         account = Account.locked(g.user_id, g.key_hash)

@@ -6,7 +6,6 @@ two are never mixed up: a bot gives up on the first and tries again on the secon
 then the sources that it asks, then `SampleMarket`.
 """
 
-import csv
 import json
 import logging
 import re
@@ -28,8 +27,9 @@ from urllib.parse import quote as escaped
 import requests
 from urllib3.exceptions import HTTPError
 
-from messages import ORDER_LIMIT, Refused, checked_amount, checked_decimal, checked_ticker, iso, moment_from
+from messages import ORDER_LIMIT, Refused, checked_decimal
 from models import Account, Pin, Quote, now, rounded
+from recorded import Bar, read
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +64,6 @@ class RateLimited(SourceFailed):
 
 class NoSuchTicker(Exception):
     """A source answered that there is no such ticker."""
-
-
-class BadFile(Exception):
-    """A file of recorded prices cannot be read; the text names the line."""
 
 
 def priced(ticker: str, price, currency: str | None, source: str) -> Quote:
@@ -495,52 +491,35 @@ BAR_SECONDS = 60
 class SampleMarket:
     """Recorded prices, as a pure function of the clock: every process and restart agrees on them.
 
-    `file` has the columns `timestamp,ticker,price` and is ordered by time. A bar is one timestamp; a
-    ticker costs what it cost last, at that bar or before, and is unknown before its first.
+    `path` is a file or a folder that `recorded.read` reads; `series` has the bars of each ticker, `bars`
+    the times of them all. A ticker costs its last close, at that bar or before, and is unknown before its
+    first.
     """
 
     is_sample = True
     name = "sample"
 
-    def __init__(self, file: Path = SAMPLE_FILE):
-        self.bars: list[datetime] = []
-        self.closes: dict[str, list[tuple[datetime, Decimal]]] = {}
-        with open(file, newline="", encoding="utf-8") as lines:
-            rows = csv.reader(lines)
-            if next(rows, None) != ["timestamp", "ticker", "price"]:
-                raise BadFile(f"{file}, line 1: the columns must be timestamp,ticker,price.")
-            for row in rows:
-                try:
-                    if len(row) != 3:
-                        raise ValueError("it must have 3 columns")
-                    self.add(*row)
-                except ValueError as error:
-                    raise BadFile(f"{file}, line {rows.line_num}: {error}.") from None
-        if not self.bars:
-            raise BadFile(f"{file} has no prices.")
-
-    def add(self, timestamp: str, ticker: str, price: str) -> None:
-        moment = moment_from(timestamp)
-        closes = self.closes.setdefault(checked_ticker(ticker), [])
-        if self.bars and moment < self.bars[-1]:
-            raise ValueError(f"{timestamp} comes after {iso(self.bars[-1])}, which is later")
-        if closes and closes[-1][0] == moment:
-            raise ValueError(f"{ticker} has a price at {timestamp} already")
-        closes.append((moment, checked_amount(price)))
-        if moment not in self.bars[-1:]:
-            self.bars.append(moment)
+    def __init__(self, path: Path = SAMPLE_FILE):
+        self.series: dict[str, list[Bar]] = read(path)
+        self.bars: list[datetime] = sorted({bar.timestamp for bars in self.series.values() for bar in bars})
 
     def bar_at(self, moment: datetime) -> datetime:
-        """The last bar that is not after `moment`."""
-        return self.bars[bisect_right(self.bars, moment) - 1]
+        """The last bar that is not after `moment`, or the first one."""
+        return self.bars[max(bisect_right(self.bars, moment) - 1, 0)]
 
     def bar_after(self, bar: datetime, count: int) -> datetime:
         """The bar that comes `count` bars after `bar`, or the last one."""
         return self.bars[min(bisect_right(self.bars, bar) - 1 + count, len(self.bars) - 1)]
 
+    def clock(self, account: Account) -> datetime | None:
+        """The bar at which the account's clock stands, if it was stopped: the nearest one, as the file may
+        have been changed since.
+        """
+        return account.market_clock and self.bar_at(account.market_clock)
+
     def time(self, account: Account) -> datetime:
         """The market's time: the account's stopped clock, or the bar that the wall clock shows."""
-        return account.market_clock or self.bar_shown(now())
+        return self.clock(account) or self.bar_shown(now())
 
     def bar_shown(self, moment: datetime) -> datetime:
         return self.bars[int(moment.timestamp()) // BAR_SECONDS % len(self.bars)]
@@ -549,13 +528,14 @@ class SampleMarket:
         """The price of `ticker` in dollars at the account's clock, or what the account pinned it at."""
         minute = datetime.now(UTC).replace(second=0, microsecond=0)
         pin = account.pins.get(ticker) if account.pin_changes else None
-        quote = self.quote_at(ticker, minute, account.market_clock, pin)
+        quote = self.quote_at(ticker, minute, self.clock(account), pin)
         return quote or no_such_ticker(ticker)
 
     def quotes(self, tickers: list[str], account: Account) -> dict[str, Quote]:
         """The quotes of those `tickers` that there are, all of the same moment."""
-        minute, pins = datetime.now(UTC).replace(second=0, microsecond=0), account.pins
-        quotes = {t: self.quote_at(t, minute, account.market_clock, pins.get(t)) for t in tickers}
+        minute = datetime.now(UTC).replace(second=0, microsecond=0)
+        clock, pins = self.clock(account), account.pins
+        quotes = {t: self.quote_at(t, minute, clock, pins.get(t)) for t in tickers}
         return {ticker: quote for ticker, quote in quotes.items() if quote}
 
     @lru_cache(maxsize=10_000)  # noqa: B019 - a process has one market, for as long as it lives.
@@ -591,7 +571,9 @@ class SampleMarket:
 
     def price(self, ticker: str, bar: datetime) -> Decimal | None:
         """What `ticker` cost last at `bar`, in dollars."""
-        return latest(self.closes.get(ticker, []), bar)
+        bars = self.series.get(ticker, [])
+        past = bisect_right(bars, bar, key=itemgetter(0))
+        return bars[past - 1].close if past else None
 
     def health(self) -> dict:
-        return {self.name: {"tickers": len(self.closes), "bars": len(self.bars)}}
+        return {self.name: {"tickers": len(self.series), "bars": len(self.bars)}}
