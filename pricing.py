@@ -17,19 +17,20 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal, InvalidOperation
 from functools import cached_property, lru_cache
 from operator import itemgetter
 from pathlib import Path
 from urllib.parse import quote as escaped
+from zoneinfo import ZoneInfo
 
 import requests
 from urllib3.exceptions import HTTPError
 
 from messages import ORDER_LIMIT, Refused, checked_decimal
 from models import Account, Pin, Quote, now, rounded
-from recorded import Bar, read
+from recorded import EPOCH, FIELDS, VOLUME_LIMIT, Bar, read
 
 log = logging.getLogger(__name__)
 
@@ -338,26 +339,38 @@ class Yahoo(Source):
         except (KeyError, TypeError):
             raise SourceFailed("its answer has no price") from None
 
-    def closes(self, ticker: str, period: str) -> list[tuple[str, Decimal]]:
-        """The daily closes of a `period` such as `1y`: dates, and dollars.
+    def daily_bars(self, ticker: str, period: str) -> tuple[dict[date, list[Decimal | None]], int]:
+        """The days of a `period` such as `1y`, and how many are left out as their close is no price.
 
-        Yahoo keeps them in 32 bits and writes them in 64 (189.83999633789062); the shortest number
-        with the same 32 bits (189.84) is what was meant.
+        Each has its open, high, low and close in dollars (only the close is never None) and its volume. A
+        day is the exchange's own, and of two answers for one day the last counts: the first is the candle
+        of a day that is not over.
         """
         chart = self.chart(ticker, period)
-        from numpy import float32  # Comes with yfinance, and is as slow to import.
-
         try:
-            if chart["meta"]["currency"] != "USD":
-                raise SourceFailed(f"{ticker} is quoted in {chart['meta']['currency']}, not in USD")
-            closes = zip(chart["timestamp"], chart["indicators"]["quote"][0]["close"], strict=True)
-            return [
-                (f"{datetime.fromtimestamp(int(at), UTC):%Y-%m-%d}", rounded(Decimal(str(float32(close)))))
-                for at, close in closes
-                if close is not None
-            ]
-        except (KeyError, IndexError, TypeError, ValueError):
+            meta, moments, columns = chart["meta"], chart["timestamp"], chart["indicators"]["quote"][0]
+            if meta["currency"] != "USD":
+                raise SourceFailed(f"{ticker} is quoted in {meta['currency']}, not in USD")
+            zone, unknown = zone_of(meta), [None] * len(moments)
+            lists = [columns.get(field) or unknown for field in FIELDS]
+            # Which day is which in a list of another length, nobody knows.
+            lists = [values if len(values) == len(moments) else unknown for values in lists]
+            bars, odd = {}, 0
+            for at, *prices, volume in zip(moments, *lists, strict=True):
+                if prices[-1] is None:
+                    continue
+                day = (EPOCH + timedelta(seconds=int(at))).astimezone(zone).date()
+                prices = [price_meant(price) for price in prices]
+                if prices[-1] is None:
+                    odd += 1
+                    continue
+                sold = isinstance(volume, Decimal) and 0 <= volume < VOLUME_LIMIT
+                bars[day] = [*prices, rounded(volume) if sold else Decimal(0)]
+        except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
             raise SourceFailed("its answer has no prices") from None
+        if not bars:
+            raise SourceFailed("its answer has no prices")
+        return bars, odd
 
     @contextmanager
     def turn(self):
@@ -465,6 +478,30 @@ class AlphaVantage(Source):
         if answer.keys() & {"Note", "Information"}:
             raise RateLimited("it says that we ask too often")
         return answer
+
+
+def zone_of(meta: dict) -> tzinfo:
+    """The exchange's clock: by the name of its zone, or where this machine has none of that name by the
+    offset that it has today.
+    """
+    try:
+        return ZoneInfo(meta["exchangeTimezoneName"])
+    except (KeyError, ValueError, TypeError, OSError):
+        return timezone(timedelta(seconds=int(meta.get("gmtoffset") or 0)))
+
+
+def price_meant(number) -> Decimal | None:
+    """A price of a candle, if it is one that the books can have.
+
+    Yahoo keeps them in 32 bits and writes them in 64 (189.83999633789062); the shortest number with the
+    same 32 bits (189.84) is what was meant.
+    """
+    from numpy import float32  # Comes with yfinance, and is as slow to import.
+
+    if not isinstance(number, Decimal) or not 0 < number < ORDER_LIMIT:
+        return None
+    price = rounded(Decimal(str(float32(number))))
+    return price if 0 < price < ORDER_LIMIT else None
 
 
 def yahoo_is_reachable(seconds: float = 3) -> bool:
