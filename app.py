@@ -76,7 +76,6 @@ from messages import (
     RunOption,
     TradeOptions,
     checked,
-    checked_ticker,
     invalid,
     iso,
     plain,
@@ -105,7 +104,6 @@ from pricing import (
     BAR_SECONDS,
     SAMPLE_FILE,
     AlphaVantage,
-    BadFile,
     LiveMarket,
     NoSuchTicker,
     SampleMarket,
@@ -114,6 +112,8 @@ from pricing import (
     no_such_ticker,
     yahoo_is_reachable,
 )
+from recorded import FIELDS, BadFile, ticker_from
+from recorded import read as read_market
 from settings import read_settings
 
 VERSION = "1.0.0"
@@ -459,7 +459,7 @@ def market_of(account: Account) -> MarketAnswer:
         "now": market.time(account),
         "first_bar": market.bars[0],
         "last_bar": market.bars[-1],
-        "tickers": sorted(market.closes),
+        "tickers": list(market.series),
         "pins": account.pins,
     }
 
@@ -500,9 +500,10 @@ def advance(step: Advance) -> MarketAnswer:
     need_sample_market()
     with transaction(g.user_id):
         account = Account.locked(g.user_id, g.key_hash)
-        if account.market_clock is None:
+        clock = market.clock(account)
+        if clock is None:
             raise Refused("clock_is_running", "Stop the clock first: PUT /api/v1/market/clock.")
-        account.stop_clock(market.bar_after(account.market_clock, step.bars))
+        account.stop_clock(market.bar_after(clock, step.bars))
         return market_of(account)  # Read before it is committed: so it is safe to repeat.
 
 
@@ -525,7 +526,7 @@ def unpin_price(ticker: str) -> MarketAnswer:
 
 
 def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
-    if ticker not in market.closes:
+    if ticker not in market.series:
         raise no_such_ticker(ticker)
     with transaction(g.user_id):
         account = Account.locked(g.user_id, g.key_hash)
@@ -1016,21 +1017,30 @@ def audit_all():
 @click.option("--period", default="1y", show_default=True, help="1mo, 6mo, 1y, 5y, max, ...")
 @click.option("--output", type=click.File("w", lazy=True), required=True, help="The CSV file to write.")
 def record(tickers: tuple[str, ...], period: str, output):
-    """Record daily closes of TICKERS from Yahoo, for SAMPLE_MARKET to replay."""
-    yahoo, rows = Yahoo(YAHOO_FOLDER), []
+    """Record daily bars of TICKERS from Yahoo, for SAMPLE_MARKET to replay."""
+    yahoo, rows, warnings = Yahoo(YAHOO_FOLDER), {}, []
     with click.progressbar(tickers, label="Recording", item_show_func=str) as bar:
         for text in bar:
             try:
-                ticker = checked_ticker(text)
-                closes = yahoo.closes(ticker, period)
+                ticker = ticker_from(text)  # As the file will be read.
+                days, odd = yahoo.daily_bars(ticker, period)
             except (ValueError, SourceFailed, NoSuchTicker) as error:
                 reason = str(error) or "Yahoo knows no such ticker"
                 raise click.ClickException(f"{text}: {reason}.") from None
-            rows += [(f"{date}T00:00:00Z", ticker, plain(price)) for date, price in closes]
+            if odd:
+                warnings.append(f"{ticker}: left out {odd} days whose close is 0 to 8 decimals, or no price.")
+            for day, bar_of_day in days.items():
+                numbers = ["" if number is None else plain(number) for number in bar_of_day]
+                rows[f"{day}T00:00:00Z", ticker] = numbers
     writer = csv.writer(output, lineterminator="\n")
-    writer.writerow(["timestamp", "ticker", "price"])
-    writer.writerows(sorted(set(rows)))
-    click.echo(f"{len(rows)} prices are in {output.name}.")
+    writer.writerow(["timestamp", "ticker", *FIELDS])
+    writer.writerows([*when_and_what, *numbers] for when_and_what, numbers in sorted(rows.items()))
+    output.close()
+    for warning in warnings:
+        click.echo(warning, err=True)
+    if os.path.isfile(output.name):  # And no pipe.
+        read_market(output.name)  # So what is written is known to load.
+    click.echo(f"{len(rows)} bars are in {output.name}.")
 
 
 TEST_USER, TEST_KEY = "test@example.com", "test-api-key-123"

@@ -6,7 +6,6 @@ two are never mixed up: a bot gives up on the first and tries again on the secon
 then the sources that it asks, then `SampleMarket`.
 """
 
-import csv
 import json
 import logging
 import re
@@ -18,18 +17,20 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal, InvalidOperation
 from functools import cached_property, lru_cache
 from operator import itemgetter
 from pathlib import Path
 from urllib.parse import quote as escaped
+from zoneinfo import ZoneInfo
 
 import requests
 from urllib3.exceptions import HTTPError
 
-from messages import ORDER_LIMIT, Refused, checked_amount, checked_decimal, checked_ticker, iso, moment_from
+from messages import ORDER_LIMIT, Refused, checked_decimal
 from models import Account, Pin, Quote, now, rounded
+from recorded import EPOCH, FIELDS, VOLUME_LIMIT, Bar, read
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +65,6 @@ class RateLimited(SourceFailed):
 
 class NoSuchTicker(Exception):
     """A source answered that there is no such ticker."""
-
-
-class BadFile(Exception):
-    """A file of recorded prices cannot be read; the text names the line."""
 
 
 def priced(ticker: str, price, currency: str | None, source: str) -> Quote:
@@ -342,26 +339,38 @@ class Yahoo(Source):
         except (KeyError, TypeError):
             raise SourceFailed("its answer has no price") from None
 
-    def closes(self, ticker: str, period: str) -> list[tuple[str, Decimal]]:
-        """The daily closes of a `period` such as `1y`: dates, and dollars.
+    def daily_bars(self, ticker: str, period: str) -> tuple[dict[date, list[Decimal | None]], int]:
+        """The days of a `period` such as `1y`, and how many are left out as their close is no price.
 
-        Yahoo keeps them in 32 bits and writes them in 64 (189.83999633789062); the shortest number
-        with the same 32 bits (189.84) is what was meant.
+        Each has its open, high, low and close in dollars (only the close is never None) and its volume. A
+        day is the exchange's own, and of two answers for one day the last counts: the first is the candle
+        of a day that is not over.
         """
         chart = self.chart(ticker, period)
-        from numpy import float32  # Comes with yfinance, and is as slow to import.
-
         try:
-            if chart["meta"]["currency"] != "USD":
-                raise SourceFailed(f"{ticker} is quoted in {chart['meta']['currency']}, not in USD")
-            closes = zip(chart["timestamp"], chart["indicators"]["quote"][0]["close"], strict=True)
-            return [
-                (f"{datetime.fromtimestamp(int(at), UTC):%Y-%m-%d}", rounded(Decimal(str(float32(close)))))
-                for at, close in closes
-                if close is not None
-            ]
-        except (KeyError, IndexError, TypeError, ValueError):
+            meta, moments, columns = chart["meta"], chart["timestamp"], chart["indicators"]["quote"][0]
+            if meta["currency"] != "USD":
+                raise SourceFailed(f"{ticker} is quoted in {meta['currency']}, not in USD")
+            zone, unknown = zone_of(meta), [None] * len(moments)
+            lists = [columns.get(field) or unknown for field in FIELDS]
+            # Which day is which in a list of another length, nobody knows.
+            lists = [values if len(values) == len(moments) else unknown for values in lists]
+            bars, odd = {}, 0
+            for at, *prices, volume in zip(moments, *lists, strict=True):
+                if prices[-1] is None:
+                    continue
+                day = (EPOCH + timedelta(seconds=int(at))).astimezone(zone).date()
+                prices = [price_meant(price) for price in prices]
+                if prices[-1] is None:
+                    odd += 1
+                    continue
+                sold = isinstance(volume, Decimal) and 0 <= volume < VOLUME_LIMIT
+                bars[day] = [*prices, rounded(volume) if sold else Decimal(0)]
+        except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
             raise SourceFailed("its answer has no prices") from None
+        if not bars:
+            raise SourceFailed("its answer has no prices")
+        return bars, odd
 
     @contextmanager
     def turn(self):
@@ -471,6 +480,30 @@ class AlphaVantage(Source):
         return answer
 
 
+def zone_of(meta: dict) -> tzinfo:
+    """The exchange's clock: by the name of its zone, or where this machine has none of that name by the
+    offset that it has today.
+    """
+    try:
+        return ZoneInfo(meta["exchangeTimezoneName"])
+    except (KeyError, ValueError, TypeError, OSError):
+        return timezone(timedelta(seconds=int(meta.get("gmtoffset") or 0)))
+
+
+def price_meant(number) -> Decimal | None:
+    """A price of a candle, if it is one that the books can have.
+
+    Yahoo keeps them in 32 bits and writes them in 64 (189.83999633789062); the shortest number with the
+    same 32 bits (189.84) is what was meant.
+    """
+    from numpy import float32  # Comes with yfinance, and is as slow to import.
+
+    if not isinstance(number, Decimal) or not 0 < number < ORDER_LIMIT:
+        return None
+    price = rounded(Decimal(str(float32(number))))
+    return price if 0 < price < ORDER_LIMIT else None
+
+
 def yahoo_is_reachable(seconds: float = 3) -> bool:
     """Whether Yahoo answers anything at all within `seconds`, name look-up included."""
     answered = threading.Event()
@@ -495,52 +528,35 @@ BAR_SECONDS = 60
 class SampleMarket:
     """Recorded prices, as a pure function of the clock: every process and restart agrees on them.
 
-    `file` has the columns `timestamp,ticker,price` and is ordered by time. A bar is one timestamp; a
-    ticker costs what it cost last, at that bar or before, and is unknown before its first.
+    `path` is a file or a folder that `recorded.read` reads; `series` has the bars of each ticker, `bars`
+    the times of them all. A ticker costs its last close, at that bar or before, and is unknown before its
+    first.
     """
 
     is_sample = True
     name = "sample"
 
-    def __init__(self, file: Path = SAMPLE_FILE):
-        self.bars: list[datetime] = []
-        self.closes: dict[str, list[tuple[datetime, Decimal]]] = {}
-        with open(file, newline="", encoding="utf-8") as lines:
-            rows = csv.reader(lines)
-            if next(rows, None) != ["timestamp", "ticker", "price"]:
-                raise BadFile(f"{file}, line 1: the columns must be timestamp,ticker,price.")
-            for row in rows:
-                try:
-                    if len(row) != 3:
-                        raise ValueError("it must have 3 columns")
-                    self.add(*row)
-                except ValueError as error:
-                    raise BadFile(f"{file}, line {rows.line_num}: {error}.") from None
-        if not self.bars:
-            raise BadFile(f"{file} has no prices.")
-
-    def add(self, timestamp: str, ticker: str, price: str) -> None:
-        moment = moment_from(timestamp)
-        closes = self.closes.setdefault(checked_ticker(ticker), [])
-        if self.bars and moment < self.bars[-1]:
-            raise ValueError(f"{timestamp} comes after {iso(self.bars[-1])}, which is later")
-        if closes and closes[-1][0] == moment:
-            raise ValueError(f"{ticker} has a price at {timestamp} already")
-        closes.append((moment, checked_amount(price)))
-        if moment not in self.bars[-1:]:
-            self.bars.append(moment)
+    def __init__(self, path: Path = SAMPLE_FILE):
+        self.series: dict[str, list[Bar]] = read(path)
+        self.bars: list[datetime] = sorted({bar.timestamp for bars in self.series.values() for bar in bars})
 
     def bar_at(self, moment: datetime) -> datetime:
-        """The last bar that is not after `moment`."""
-        return self.bars[bisect_right(self.bars, moment) - 1]
+        """The last bar that is not after `moment`, or the first one."""
+        return self.bars[max(bisect_right(self.bars, moment) - 1, 0)]
 
     def bar_after(self, bar: datetime, count: int) -> datetime:
         """The bar that comes `count` bars after `bar`, or the last one."""
         return self.bars[min(bisect_right(self.bars, bar) - 1 + count, len(self.bars) - 1)]
 
+    def clock(self, account: Account) -> datetime | None:
+        """The bar at which the account's clock stands, if it was stopped: the nearest one, as the file may
+        have been changed since.
+        """
+        return account.market_clock and self.bar_at(account.market_clock)
+
     def time(self, account: Account) -> datetime:
         """The market's time: the account's stopped clock, or the bar that the wall clock shows."""
-        return account.market_clock or self.bar_shown(now())
+        return self.clock(account) or self.bar_shown(now())
 
     def bar_shown(self, moment: datetime) -> datetime:
         return self.bars[int(moment.timestamp()) // BAR_SECONDS % len(self.bars)]
@@ -549,13 +565,14 @@ class SampleMarket:
         """The price of `ticker` in dollars at the account's clock, or what the account pinned it at."""
         minute = datetime.now(UTC).replace(second=0, microsecond=0)
         pin = account.pins.get(ticker) if account.pin_changes else None
-        quote = self.quote_at(ticker, minute, account.market_clock, pin)
+        quote = self.quote_at(ticker, minute, self.clock(account), pin)
         return quote or no_such_ticker(ticker)
 
     def quotes(self, tickers: list[str], account: Account) -> dict[str, Quote]:
         """The quotes of those `tickers` that there are, all of the same moment."""
-        minute, pins = datetime.now(UTC).replace(second=0, microsecond=0), account.pins
-        quotes = {t: self.quote_at(t, minute, account.market_clock, pins.get(t)) for t in tickers}
+        minute = datetime.now(UTC).replace(second=0, microsecond=0)
+        clock, pins = self.clock(account), account.pins
+        quotes = {t: self.quote_at(t, minute, clock, pins.get(t)) for t in tickers}
         return {ticker: quote for ticker, quote in quotes.items() if quote}
 
     @lru_cache(maxsize=10_000)  # noqa: B019 - a process has one market, for as long as it lives.
@@ -591,7 +608,9 @@ class SampleMarket:
 
     def price(self, ticker: str, bar: datetime) -> Decimal | None:
         """What `ticker` cost last at `bar`, in dollars."""
-        return latest(self.closes.get(ticker, []), bar)
+        bars = self.series.get(ticker, [])
+        past = bisect_right(bars, bar, key=itemgetter(0))
+        return bars[past - 1].close if past else None
 
     def health(self) -> dict:
-        return {self.name: {"tickers": len(self.closes), "bars": len(self.bars)}}
+        return {self.name: {"tickers": len(self.series), "bars": len(self.bars)}}

@@ -17,7 +17,7 @@ class NoCosts:
 
 def quote(ticker: str, controls):
     minute = datetime.now(UTC).replace(second=0, microsecond=0)
-    price = market.closes[ticker][-1][1]
+    price = market.series[ticker][-1].close
     return Quote(ticker, price, "USD", market.name, minute, minute + timedelta(minutes=1))
 
 

@@ -1,12 +1,20 @@
 """What an operator types: `flask user`, `flask audit`, `python app.py`, and settings that are wrong."""
 
+import json
 import re
 import subprocess
 import sys
+from decimal import Decimal
+from pathlib import Path
 
 import pytest
 import requests
 from cast import ADMIN, ROOT, Server, Trader, environment, flask, loaded
+from standins import MarketStandIn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import recorded
 
 
 def user(database, *arguments):
@@ -225,3 +233,118 @@ def test_a_database_without_tables_is_one_clear_line(new_database):
     done = python_app_py(DATABASE_URL=new_database().url)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+
+
+# A recorder of prices
+
+
+DAY_1 = 1_577_975_400  # 2020-01-02, 9:30 in New York.
+DAYS = [DAY_1, DAY_1 + 86_400, DAY_1 + 2 * 86_400]
+
+
+def candles(moments=DAYS, zone="America/New_York", offset=-18_000, **lists) -> str:
+    """Yahoo's chart with these lists (open, high, ...), of three days if nothing else is said."""
+    meta = {"currency": "USD", "exchangeTimezoneName": zone, "gmtoffset": offset}
+    result = {"meta": meta, "timestamp": moments, "indicators": {"quote": [lists]}}
+    return json.dumps({"chart": {"error": None, "result": [result]}})
+
+
+@pytest.fixture(scope="module")
+def yahoo():
+    with MarketStandIn() as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def record(yahoo, program, tmp_path):
+    """Records what Yahoo says of these tickers; answers what the command did, and the lines of the file."""
+
+    def record(**charts: str) -> tuple[subprocess.CompletedProcess, list[str] | None]:
+        yahoo.reset()
+        for ticker, chart in charts.items():
+            yahoo.yahoo(ticker.replace(".", "-"), body=chart)  # Yahoo knows BRK-B alone.
+        file = tmp_path / "market.csv"
+        done = subprocess.run(
+            [sys.executable, "-m", "flask", "--app", "app", "record", *charts, "--output", file],
+            cwd=program,
+            env=environment(**yahoo.environment),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "Traceback" not in done.stderr
+        return done, file.read_text().splitlines() if file.exists() else None
+
+    return record
+
+
+def test_bars_are_recorded_without_the_noise_of_floats(record):
+    prices = {"open": [1.37000000476837, 2, 3], "high": [2.5, 3, 4], "low": [1.25, 1, 2]}
+    done, lines = record(ABC=candles(close=[189.83999633789062, 2, 3], volume=[7, 8, 9], **prices))
+    assert done.stdout.splitlines()[-1].startswith("3 bars are in ")
+    assert (lines[:2], done.stderr) == (
+        ["timestamp,ticker,open,high,low,close,volume", "2020-01-02T00:00:00Z,ABC,1.37,2.5,1.25,189.84,7"],
+        "",
+    )
+
+
+def test_a_day_is_the_exchanges_own(record):
+    midnight = [1_585_522_800, 1_577_836_800]  # In London, whose summer had begun by the first.
+    _, lines = record(
+        TOKYO=candles([1_577_926_800], "Asia/Tokyo", 32_400, close=[1]),
+        LONDON=candles(midnight, "Europe/London", 0, close=[1, 2]),
+        OFFSET=candles([1_577_926_800], "Nowhere/City", 32_400, close=[1]),
+        UTC=candles([1_577_926_800], None, None, close=[1]),
+    )
+    days = [tuple(line.split(",")[:2]) for line in lines[1:]]
+    assert days == [
+        ("2020-01-01T00:00:00Z", "LONDON"),
+        ("2020-01-02T00:00:00Z", "OFFSET"),
+        ("2020-01-02T00:00:00Z", "TOKYO"),
+        ("2020-01-02T00:00:00Z", "UTC"),
+        ("2020-03-30T00:00:00Z", "LONDON"),
+    ]
+
+
+def test_what_is_recorded_of_odd_answers_loads(record, tmp_path):
+    good = {"close": [1, 2, 3]}
+    charts = {
+        "NULLS": (candles(close=[1, None, 3], open=[None] * 3), [1, 3]),
+        "ZEROS": (candles(close=[0, 2, 3], open=[0, 0, 0], high=[0, 0, 0], low=[0, 0, 0]), [2, 3]),
+        "DUST": (candles(close=[1.7e-9, 1.2e-8, 1]), ["0.00000001", 1]),
+        "TWICE": (candles([DAY_1, DAY_1 + 60, DAYS[1]], **good), [2, 3]),
+        "SHORT": (candles(**good, open=[1], high=[9, 9], volume=[1, 2, 3, 4]), [1, 2, 3]),
+        "NO-LISTS": (candles(**good, open=None, low=[]), [1, 2, 3]),
+        "HUGE": (candles(close=[1e10, 1e300, 5], volume=[-1, 1, 1e30]), [5]),
+        "WORDS": (candles(close=["x", True, 3], open=["y", {}, []], volume=["z", [], True]), [3]),
+        "NAN": (candles(close=[float("nan"), float("inf"), 3]), [3]),
+        "BRK.B": (candles(**good), [1, 2, 3]),
+    }
+    done, _ = record(**{ticker: chart for ticker, (chart, _) in charts.items()})
+    assert done.returncode == 0, done.stderr
+    market = recorded.read(tmp_path / "market.csv")
+    assert {ticker: [bar.close for bar in bars] for ticker, bars in market.items()} == {
+        ticker.replace(".", "-"): [Decimal(close) for close in closes]
+        for ticker, (_, closes) in charts.items()
+    }
+    assert {bar.volume for bars in market.values() for bar in bars} == {0}
+    assert done.stderr.splitlines() == [
+        f"{ticker}: left out {days} days whose close is 0 to 8 decimals, or no price."
+        for ticker, days in [("ZEROS", 1), ("DUST", 1), ("HUGE", 2), ("WORDS", 2), ("NAN", 2)]
+    ]
+
+
+@pytest.mark.parametrize(
+    "chart",
+    [
+        candles(close=[1.7e-9, -1, None]),
+        candles(close=[1, 2]),
+        candles([1e300, 1, 2], close=[1, 2, 3]),
+        candles(zone=None, offset="x", close=[1, 2, 3]),
+    ],
+    ids=["no price", "too few", "no such time", "no zone"],
+)
+def test_a_ticker_of_which_nothing_is_left_is_refused_and_no_file_is_made(record, chart):
+    done, lines = record(GOOD=candles(close=[1, 2, 3]), BAD=chart)
+    assert (done.returncode, lines) == (1, None)
+    assert done.stderr.splitlines()[-1] == "Error: BAD: its answer has no prices."

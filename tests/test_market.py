@@ -419,3 +419,68 @@ def test_a_clock_that_is_moved_is_seen_by_every_process_at_once(alice, server):
         for _ in range(3):  # Each over a new connection, so that both processes are asked.
             seen = requests.get(f"{server.url}/api/v1/portfolio", headers=key, timeout=9).json()
             assert seen["holdings"][0]["price_timestamp"] == now
+
+
+# Files as people have them
+
+
+SPREADSHEET = (
+    b"\xef\xbb\xbfDatum;Date;Ticker;Open;High;Low;Close;Volume\r\n"
+    b"x;2024-03-08;IBM;11,5;13;11;12,25;7\r\n;;;;;;;\r\nx;2024-03-07;IBM;10;12;9;11,50000000476837;\r\n"
+)
+YFINANCE = (
+    b"Price,Close,Close,High,High,Low,Low,Open,Open,Volume,Volume\n"
+    b"Ticker,AAPL,IBM,AAPL,IBM,AAPL,IBM,AAPL,IBM,AAPL,IBM\nDate,,,,,,,,,,\n"
+    b"2024-03-07,170.73,11.5,171.24,12.0,170.1,9.0,171.2,10.0,100,200\n2024-03-08,,12.25,,13.0,,11.0,,11.5,,7\n"
+)
+FOLDER = {
+    "IBM.csv": b"Date,Open,High,Low,Close,Adj Close,Volume\n2024-03-07,10,12,9,11.5,11,200\n",
+    "ibm-later.csv": b"time,symbol,close\n1709856000,ibm,12.25\n",
+    "readme.txt": b"no prices",
+}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{"market.csv": SPREADSHEET}, {"market.csv": YFINANCE}, FOLDER],
+    ids=["a spreadsheet's", "yfinance's", "a folder of bars"],
+)
+def test_a_file_is_replayed_as_people_have_it(new_database, tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    path = tmp_path if len(files) > 1 else tmp_path / "market.csv"
+    with Server(new_database().migrate().url, SAMPLE_MARKET=path) as server:
+        alice = server.trader()
+        state = stop_clock(alice, "2024-03-07T00:00:00Z")
+        assert (state["first_bar"], state["last_bar"]) == ("2024-03-07T00:00:00Z", "2024-03-08T00:00:00Z")
+        assert state["tickers"] == (["AAPL", "IBM"] if b"AAPL" in files.get("market.csv", b"") else ["IBM"])
+        assert alice.buys(2, "IBM")["market_price"] == Decimal("11.5")
+        assert advance(alice, 5)["now"] == "2024-03-08T00:00:00Z"
+        assert alice.sells(2, "IBM")["realized_pnl"] == Decimal("1.5")
+
+
+@pytest.mark.parametrize(("year", "here", "after"), [(2010, 3, 3), (2013, 1, 2)], ids=["after", "before"])
+def test_a_clock_outside_a_file_that_was_changed_stands_at_its_nearest_bar(
+    new_database, tmp_path, year, here, after
+):
+    file, database = tmp_path / "market.csv", new_database().migrate()
+    file.write_text("date,ABC\n2012-06-01,5\n2012-06-02,6\n")
+    with Server(database.url, SAMPLE_MARKET=file) as server:
+        alice = server.trader()
+        stop_clock(alice, "2012-06-01T00:00:00Z")
+        alice.buys(1, "ABC")
+    file.write_text(f"date,ABC\n{year}-01-01,1\n{year}-01-02,2\n{year}-01-03,3\n")
+    first, at, then = (f"{year}-01-0{day}T00:00:00Z" for day in (1, here, after))
+    with Server(database.url, SAMPLE_MARKET=file) as alice.server:
+        assert alice.get("/api/v1/market").items() >= {"clock": "manual", "now": at}.items()
+        price = alice.get("/api/v1/price/ABC")
+        assert (price["price"], price["timestamp"], price["valid_until"]) == (here, at, None)
+        assert alice.portfolio["holdings"][0]["price_timestamp"] == at
+        assert alice.buys(1, "ABC")["price"] == here
+        assert alice.get("/api/v1/account/history")["points"][-1]["timestamp"] == at
+        assert alice.audit()["ok"]
+        assert advance(alice)["now"] == then
+        outside = alice.ask("PUT", "/api/v1/market/clock", json={"at": "2012-06-01T00:00:00Z"})
+        assert exact(outside)["code"] == "invalid_request"
+        assert stop_clock(alice, first)["now"] == first
+        assert stop_clock(alice, None)["clock"] == "wall"

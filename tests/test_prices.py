@@ -816,12 +816,12 @@ def test_a_market_is_recorded_from_yahoo_and_can_be_replayed(run, market, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "range=1mo" in " ".join(path for _, path in market.requests)
     assert file.read_text().splitlines() == [
-        "timestamp,ticker,price",
-        "2020-01-02T00:00:00Z,AAPL,189.84",
-        "2020-01-02T00:00:00Z,BTC-USD,67123.45",
-        "2020-01-03T00:00:00Z,BTC-USD,67000",
-        "2020-01-04T00:00:00Z,AAPL,190.5",
-        "2020-01-04T00:00:00Z,BTC-USD,66999.99",
+        "timestamp,ticker,open,high,low,close,volume",
+        "2020-01-02T00:00:00Z,AAPL,,,,189.84,0",
+        "2020-01-02T00:00:00Z,BTC-USD,,,,67123.45,0",
+        "2020-01-03T00:00:00Z,BTC-USD,,,,67000,0",
+        "2020-01-04T00:00:00Z,AAPL,,,,190.5,0",
+        "2020-01-04T00:00:00Z,BTC-USD,,,,66999.99,0",
     ]
     replayed = run(
         "-c", "import app; print(len(app.market.bars))", PRICE_SOURCES="sample", SAMPLE_MARKET=file

@@ -1,41 +1,72 @@
-"""A file of recorded prices that is wrong ends with its line and a clear sentence."""
+"""A file of recorded prices is the market; one that is wrong ends the program with one line."""
 
 import sys
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from cast import loaded
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pricing import SAMPLE_FILE, BadFile, SampleMarket
+from models import Account
+from pricing import SAMPLE_FILE, SampleMarket
+from recorded import Bar
 
-GOOD = "2020-01-01T00:00:00Z,ABC,1.5\n"
+DAYS = [datetime(2024, 3, 7, tzinfo=UTC) + timedelta(days) for days in range(3)]
 
 
-@pytest.mark.parametrize(
-    ("text", "line", "sentence"),
-    [
-        ("timestamp,price\n", 1, "the columns must be timestamp,ticker,price"),
-        ("", 1, "the columns must be timestamp,ticker,price"),
-        (f"timestamp,ticker,price\n{GOOD}2020-01-02T00:00:00Z,ABC\n", 3, "3 columns"),
-        (f"timestamp,ticker,price\n{GOOD}2020-01-02T00:00:00Z,ABC,abc\n", 3, "must be a number"),
-        (f"timestamp,ticker,price\n{GOOD}2020-01-02T00:00:00Z,ABC,NaN\n", 3, "must be a number"),
-        (f"timestamp,ticker,price\n{GOOD}2020-01-02T00:00:00Z,ABC,-1\n", 3, "must be a number"),
-        (f"timestamp,ticker,price\n{GOOD}2020-01-02T00:00:00Z,ABC,0\n", 3, "above 0"),
-        (f"timestamp,ticker,price\n{GOOD}2020-01-02,ABC,1\n", 3, "must be a time"),
-        (f"timestamp,ticker,price\n{GOOD}2019-01-02T00:00:00Z,ABC,1\n", 3, "is later"),
-        (f"timestamp,ticker,price\n{GOOD}{GOOD}", 3, "already"),
-        (f"timestamp,ticker,price\n{GOOD}2020-01-02T00:00:00Z,A B,1\n", 3, "letters, digits"),
-    ],
-)
-def test_a_bad_file_is_refused_with_its_line(tmp_path, text, line, sentence):
+def test_a_file_that_cannot_be_read_ends_the_program_with_its_line(tmp_path):
     file = tmp_path / "market.csv"
-    file.write_text(text)
-    with pytest.raises(BadFile, match=f"line {line}: .*{sentence}"):
-        SampleMarket(file)
+    file.write_text("timestamp,ticker,price\n2024-03-07,ABC,1.5\n2024-03-08,ABC,-1\n")
+    with pytest.raises(SystemExit) as end, loaded(PRICE_SOURCES="sample", SAMPLE_MARKET=file):
+        pass
+    reason = "the price -1 is not above 0 and below 10000000000, to 8 decimals"
+    assert end.value.code == f"SAMPLE_MARKET cannot be used: {file}, line 3: {reason}."
+
+
+def test_a_folder_without_prices_ends_the_program_with_its_name(tmp_path):
+    with pytest.raises(SystemExit) as end, loaded(PRICE_SOURCES="sample", SAMPLE_MARKET=tmp_path):
+        pass
+    assert end.value.code == f"SAMPLE_MARKET cannot be used: {tmp_path} has no CSV files."
 
 
 def test_the_bundled_market_is_whole():
     market = SampleMarket(SAMPLE_FILE)
     assert len(market.bars) == 251
-    assert {len(closes) for closes in market.closes.values()} == {251}
+    assert {len(bars) for bars in market.series.values()} == {251}
+
+
+@pytest.fixture
+def market(tmp_path):
+    """ABC on two days and XYZ on the second and third."""
+    (tmp_path / "ABC.csv").write_text(
+        "Date,Open,High,Low,Close,Volume\n2024-03-07,1,3,.5,2,100\n2024-03-08,2,4,1.5,3,\n"
+    )
+    (tmp_path / "XYZ.csv").write_text("date,price\n2024-03-09,8\n2024-03-08,7\n")
+    return SampleMarket(tmp_path)
+
+
+def test_the_market_keeps_the_bars_of_each_ticker_and_the_times_of_them_all(market):
+    assert market.bars == DAYS
+    assert market.series["ABC"][0] == Bar(DAYS[0], *map(Decimal, ("1", "3", "0.5", "2", "100")))
+
+
+def test_a_ticker_costs_its_last_close(market):
+    assert [market.price("ABC", day) for day in DAYS] == [2, 3, 3]
+    assert [market.price("XYZ", day) for day in DAYS] == [None, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("stopped", "stands"),
+    [(DAYS[0] - timedelta(999), 0), (DAYS[1] + timedelta(hours=5), 1), (DAYS[2] + timedelta(999), 2)],
+    ids=["before", "between", "after"],
+)
+def test_a_clock_that_was_stopped_elsewhere_stands_at_the_nearest_bar(market, stopped, stands):
+    account = Account(market_clock=stopped, pin_changes=0)
+    assert market.time(account) == DAYS[stands]
+    quote = market.look_up("ABC", account)
+    assert (quote.timestamp, quote.market_time) == (DAYS[stands], DAYS[stands])
+    assert quote.price == market.price("ABC", DAYS[stands])
+    assert market.quotes(["ABC"], account) == {"ABC": quote}
