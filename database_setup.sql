@@ -156,5 +156,9 @@ ALTER TABLE ibkr_balances ADD COLUMN pin_changes INTEGER DEFAULT '0' NOT NULL;
 
 UPDATE alembic_version SET version_num='0006' WHERE alembic_version.version_num = '0005';
 
+-- Running upgrade 0006 -> 0009
+
+UPDATE alembic_version SET version_num='0009' WHERE alembic_version.version_num = '0006';
+
 COMMIT;
 
