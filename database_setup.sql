@@ -168,4 +168,8 @@ ALTER TABLE ibkr_trades ADD CONSTRAINT uq_ibkr_trades_user_id_run_idempotency_ke
 
 UPDATE alembic_version SET version_num='0008' WHERE alembic_version.version_num = '0006';
 
+-- Running upgrade 0008 -> 0009
+
+UPDATE alembic_version SET version_num='0009' WHERE alembic_version.version_num = '0008';
+
 COMMIT;

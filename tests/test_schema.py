@@ -129,6 +129,52 @@ def test_no_account_can_be_written_wrong_whoever_writes(alice, database, engine_
     assert alice.books == before
 
 
+ROWS = {
+    "ibkr_users": "(id, email, api_key_hash, created_at) VALUES (1, 'a@b.c', 'x', '2026-01-01')",
+    "ibkr_balances": "(user_id, cash_balance, starting_cash, run, updated_at) "
+    "VALUES (1, 9, 9, 2, '2026-01-01')",
+    "ibkr_stock_balances": "(user_id, ticker, quantity, cost_basis, updated_at) "
+    "VALUES (1, 'AAPL', 9, 9, '2026-01-01')",
+    "ibkr_trades": "(id, user_id, run, ticker, trade_type, order_type, quantity, price, total_amount, "
+    "commission, realized_pnl, cash_after, market_price, price_source, idempotency_key, market_time, "
+    "created_at) VALUES (7, 1, 1, 'AAPL', 'sell', 'limit', 9, 9, 9, 9, 9, 9, 9, 'sample', 'one', "
+    "'2026-01-01', '2026-01-01')",
+    "ibkr_quotes": "(ticker, number, price, currency, source, timestamp, valid_until) "
+    "VALUES ('AAPL', 1, 9, 'USD', 'sample', '2026-01-01', '2026-01-01')",
+    "ibkr_runs": "(user_id, run, starting_cash, cash_balance, market_time, ended_at) "
+    "VALUES (1, 1, 9, 9, '2026-01-01', '2026-01-01')",
+    "ibkr_pins": "(id, user_id, ticker, price, created_at) VALUES (7, 1, 'AAPL', 9, '2026-01-01')",
+}
+"""A row of each table, as it was before amounts had to be whole."""
+
+BEFORE, WHOLE = "0006", "0009"
+
+
+def test_amounts_on_sqlite_are_whole_whoever_writes_and_what_was_there_stays(app, new_database_on):
+    database = new_database_on("sqlite")
+    assert flask("db", "upgrade", BEFORE, DATABASE_URL=database.url).returncode == 0
+    for table, row in ROWS.items():
+        database.run(f"INSERT INTO {table} {row}")
+    before = everything(database)
+    assert flask("db", "upgrade", WHOLE, DATABASE_URL=database.url).returncode == 0
+    after = everything(database)
+    assert [after["rows"][table] for table in ROWS] == [before["rows"][table] for table in ROWS]
+    assert set(before["schema"]) <= set(after["schema"])
+
+    database.migrate()
+    tried = 0
+    for table in [app.db.metadata.tables[name] for name in ROWS]:
+        names = [column.name for column in table.columns]
+        for amount in [c.name for c in table.columns if str(c.type) == "NUMERIC(20, 8)"]:
+            half = [f"{name} + 0.5" if name == amount else name for name in names]
+            insert = f"INSERT INTO {table} ({', '.join(names)}) SELECT {', '.join(half)} FROM {table}"
+            for statement in (insert, f"UPDATE {table} SET {amount} = {amount} + 0.5"):
+                with pytest.raises(DBAPIError, match="integers of 10|CHECK|append-only"):
+                    database.run(statement)
+            tried += 1
+    assert tried == 15
+
+
 def test_an_account_needs_its_user(database):
     orphan = (
         "INSERT INTO ibkr_balances (user_id, cash_balance, starting_cash, run, updated_at) "
