@@ -155,6 +155,7 @@ def test_amounts_on_sqlite_are_whole_whoever_writes_and_what_was_there_stays(app
     assert flask("db", "upgrade", BEFORE, DATABASE_URL=database.url).returncode == 0
     for table, row in ROWS.items():
         database.run(f"INSERT INTO {table} {row}")
+    assert flask("db", "upgrade", "0008", DATABASE_URL=database.url).returncode == 0
     before = everything(database)
     assert flask("db", "upgrade", WHOLE, DATABASE_URL=database.url).returncode == 0
     after = everything(database)
@@ -185,3 +186,22 @@ def test_an_account_needs_its_user(database):
             connection.exec_driver_sql("PRAGMA foreign_keys = ON")
         with pytest.raises(DBAPIError):
             connection.exec_driver_sql(orphan)
+
+
+def test_what_was_booked_stays_when_a_key_becomes_one_of_its_run(new_database_on):
+    """SQLite copies the table for that: rows, checks, triggers and the next id stay."""
+    database = new_database_on("sqlite")
+    assert flask("db", "upgrade", BEFORE, DATABASE_URL=database.url).returncode == 0
+    for table, row in ROWS.items():
+        database.run(f"INSERT INTO {table} {row}")
+    before = everything(database)
+    assert flask("db", "upgrade", "0008", DATABASE_URL=database.url).returncode == 0
+    after = everything(database)
+    for table in ROWS:
+        for old, new in zip(before["rows"][table], after["rows"][table], strict=True):
+            assert new.startswith(old.rstrip(")"))
+    checks = [line for sql in before["schema"] for line in str(sql).splitlines() if "CHECK" in line]
+    assert len(checks) > 10
+    assert all(line.strip(" ,)") in str(after["schema"]) for line in checks)
+    assert sum("append-only" in str(sql) for sql in after["schema"]) == 2
+    assert "AUTOINCREMENT" in str(after["schema"])
