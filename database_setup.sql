@@ -156,5 +156,12 @@ ALTER TABLE ibkr_balances ADD COLUMN pin_changes INTEGER DEFAULT '0' NOT NULL;
 
 UPDATE alembic_version SET version_num='0006' WHERE alembic_version.version_num = '0005';
 
-COMMIT;
+-- Running upgrade 0006 -> 0007
 
+ALTER TABLE ibkr_quotes ADD COLUMN market_time TIMESTAMP WITH TIME ZONE;
+
+ALTER TABLE ibkr_quotes ADD COLUMN refusal VARCHAR(20);
+
+UPDATE alembic_version SET version_num='0007' WHERE alembic_version.version_num = '0006';
+
+COMMIT;

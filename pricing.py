@@ -24,6 +24,7 @@ from functools import cached_property, lru_cache
 from operator import itemgetter
 from pathlib import Path
 from urllib.parse import quote as escaped
+from zoneinfo import ZoneInfo
 
 import requests
 from urllib3.exceptions import HTTPError
@@ -70,8 +71,11 @@ class BadFile(Exception):
     """A file of recorded prices cannot be read; the text names the line."""
 
 
-def priced(ticker: str, price, currency: str | None, source: str) -> Quote:
-    """A quote of this moment, if `price` can be one: a number above 0, rounded to 8 decimals."""
+def priced(ticker: str, price, currency: str | None, source: str, seen: datetime | None) -> Quote:
+    """A quote of this moment, if `price` can be one: a number above 0, rounded to 8 decimals.
+
+    `seen` is when the source itself last saw it; where that is not known or yet to come, it is this moment.
+    """
     try:
         price = rounded(checked_decimal(price))
     except (InvalidOperation, ValueError):
@@ -80,7 +84,31 @@ def priced(ticker: str, price, currency: str | None, source: str) -> Quote:
         raise SourceFailed("its price is out of range")
     if currency is not None and not re.fullmatch("[A-Za-z]{1,10}", str(currency)):
         raise SourceFailed("its currency is no currency")
-    return Quote(ticker=ticker, price=price, currency=currency, source=source, timestamp=now())
+    moment = now()
+    market_time = min(seen or moment, moment)
+    return Quote(
+        ticker=ticker,
+        price=price,
+        currency=currency,
+        source=source,
+        timestamp=moment,
+        market_time=market_time,
+    )
+
+
+def since_1970(seconds) -> datetime | None:
+    """The moment that is so many seconds after 1970 began, if it can be one."""
+    is_moment = isinstance(seconds, Decimal) and 0 < seconds < 10**11
+    return datetime.fromtimestamp(int(seconds), UTC) if is_moment else None
+
+
+def local_time(text, zone="UTC") -> datetime | None:
+    """The moment in `2024-03-08 15:04:05` of a time zone, or the end of the day in `2024-03-08`, if any."""
+    try:
+        moment = datetime.fromisoformat(text).replace(tzinfo=ZoneInfo(zone)).astimezone(UTC)
+        return moment + timedelta(days=len(text) == len("2024-03-08"))
+    except (TypeError, ValueError, OverflowError, LookupError, OSError):
+        return None
 
 
 def latest(prices: list[tuple[datetime, Decimal]], moment: datetime) -> Decimal | None:
@@ -115,10 +143,11 @@ class LiveMarket:
 
     is_sample = False
 
-    def __init__(self, app, sources: list["Source"], hold_seconds: int):
+    def __init__(self, app, sources: list["Source"], hold_seconds: int, max_age_days: int):
         self.app = app
         self.sources = sources
         self.hold = timedelta(seconds=hold_seconds)
+        self.max_age = timedelta(days=max_age_days)
         self.held: dict[str, Quote] = {}
         self.unknown: dict[str, datetime] = {}
         self.asking: dict[str, Future] = {}
@@ -204,6 +233,8 @@ class LiveMarket:
             if latest and latest.valid_until > now():
                 return latest
             quote = self.quote_from_sources(ticker)
+            if quote.timestamp - quote.market_time > self.max_age:
+                quote.refusal = "stale_price"
             quote.number = latest.number + 1 if latest else 1
             quote.valid_until = quote.timestamp + self.hold
             if quote.publish():
@@ -338,8 +369,9 @@ class Yahoo(Source):
     def ask(self, ticker: str) -> Quote:
         try:
             meta = self.chart(ticker, "1d")["meta"]
-            return priced(ticker, meta["regularMarketPrice"], meta["currency"], self.name)
-        except (KeyError, TypeError):
+            seen = since_1970(meta.get("regularMarketTime"))
+            return priced(ticker, meta["regularMarketPrice"], meta["currency"], self.name, seen)
+        except (KeyError, TypeError, AttributeError):
             raise SourceFailed("its answer has no price") from None
 
     def closes(self, ticker: str, period: str) -> list[tuple[str, Decimal]]:
@@ -434,12 +466,14 @@ class AlphaVantage(Source):
                 raise NoSuchTicker
             if coin:
                 rate = answer["Realtime Currency Exchange Rate"]
-                return priced(ticker, rate["5. Exchange Rate"], rate["3. To_Currency Code"], self.name)
+                seen = local_time(rate.get("6. Last Refreshed"), rate.get("7. Time Zone", "UTC"))
+                return priced(ticker, rate["5. Exchange Rate"], rate["3. To_Currency Code"], self.name, seen)
             if answer["Global Quote"] == {}:
                 raise NoSuchTicker
             currency = None if "." in ticker else "USD"
-            return priced(ticker, answer["Global Quote"]["05. price"], currency, self.name)
-        except (KeyError, TypeError):
+            seen = local_time(answer["Global Quote"].get("07. latest trading day"))
+            return priced(ticker, answer["Global Quote"]["05. price"], currency, self.name, seen)
+        except (KeyError, TypeError, AttributeError):
             raise SourceFailed("its answer has no price") from None
 
     def answer_to(self, **question) -> dict:

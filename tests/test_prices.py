@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from threading import Barrier
 
@@ -112,14 +112,17 @@ def crowd(live_server, live_database):
         yield server
 
 
-def share(price: str) -> dict:
+def share(price: str, day=None) -> dict:
     """What Alpha Vantage says of a share."""
-    return {"Global Quote": {"01. symbol": "X", "05. price": price}}
+    seen = {} if day is None else {"07. latest trading day": day}
+    return {"Global Quote": {"01. symbol": "X", "05. price": price} | seen}
 
 
-def coin(price: str, currency: str) -> dict:
+def coin(price: str, currency: str, refreshed=None, zone=None) -> dict:
     """What Alpha Vantage says of a coin."""
-    return {"Realtime Currency Exchange Rate": {"3. To_Currency Code": currency, "5. Exchange Rate": price}}
+    rate = {"3. To_Currency Code": currency, "5. Exchange Rate": price}
+    seen = {} if refreshed is None else {"6. Last Refreshed": refreshed, "7. Time Zone": zone}
+    return {"Realtime Currency Exchange Rate": rate | seen}
 
 
 def asks(trader, ticker) -> requests.Response:
@@ -175,6 +178,72 @@ def test_a_price_costs_yahoo_one_request_and_holds_for_its_time(bot, market):
     wait_until(first["valid_until"])
     assert price_of(bot, ticker)["price"] == 11
     assert market.count(ticker) == 2
+
+
+NOW = datetime.now(UTC).replace(microsecond=0)
+A_YEAR_AGO = NOW - timedelta(days=400)
+
+
+@pytest.mark.parametrize("days", [0, 6, 8, 400])
+def test_a_price_has_the_time_at_which_yahoo_last_saw_it(bot, market, days):
+    ticker, seen = new_ticker(), NOW - timedelta(days=days)
+    market.yahoo(ticker, "10", seen=str(int(seen.timestamp())))
+    quote = price_of(bot, ticker)
+    assert (moment(quote["market_time"]), quote["stale"]) == (seen, days > 7)
+    assert datetime.now(UTC) - moment(quote["timestamp"]) < timedelta(seconds=10)
+
+
+@pytest.mark.parametrize(
+    "seen", ["null", '"yesterday"', "NaN", "-5", "0", "1e300", "true", "[1]", "99999999999"]
+)
+def test_a_time_that_can_be_none_is_the_time_of_the_quote(bot, market, seen):
+    ticker = new_ticker()
+    market.yahoo(ticker, "10", seen=seen)
+    quote = price_of(bot, ticker)
+    assert (quote["market_time"], quote["stale"]) == (quote["timestamp"], False)
+
+
+ALPHA_VANTAGE_SAW = {
+    "DAY": (
+        share("5", "2024-03-08"),
+        "2024-03-09T00:00:00Z",
+    ),  # Wherever the exchange is, by then it is over.
+    "UTC-USD": (coin("5", "USD", "2024-03-08 15:04:05", "UTC"), "2024-03-08T15:04:05Z"),
+    "NY-USD": (coin("5", "USD", "2024-03-08 15:04:05", "US/Eastern"), "2024-03-08T20:04:05Z"),
+    "LOST-USD": (coin("5", "USD", "2024-03-08 15:04:05", "../../nowhere"), None),
+    "LATER-USD": (coin("5", "USD", "2999-03-08 15:04:05", "UTC"), None),
+    "WORD": (share("5", "Friday"), None),
+    "ODD": (share("5", 7), None),
+    "END": (share("5", "9999-12-31"), None),
+    "LATER": (share("5", "2999-12-31"), None),
+    "NONE": (share("5"), None),
+}
+
+
+@pytest.mark.parametrize("ticker", ALPHA_VANTAGE_SAW)
+def test_a_price_has_the_time_at_which_alpha_vantage_last_saw_it(bot, market, ticker):
+    body, seen = ALPHA_VANTAGE_SAW[ticker]
+    ticker = f"{new_ticker()}-USD" if ticker.endswith("-USD") else new_ticker()
+    market.alphavantage(ticker, body)
+    quote = price_of(bot, ticker)
+    assert quote["source"] == "alphavantage"
+    assert (quote["market_time"], quote["stale"]) == (seen or quote["timestamp"], seen is not None)
+
+
+def test_a_quote_that_was_published_before_there_were_market_times_is_of_its_own_time(
+    crowd, live_database, market
+):
+    alice, ticker = crowd.trader(), new_ticker()
+    taken = datetime.now(UTC)
+    live_database.run(
+        "INSERT INTO ibkr_quotes (ticker, number, price, currency, source, timestamp, valid_until) "
+        "VALUES (:ticker, 1, 500000000, 'USD', 'yahoo_finance', :taken, :end)",
+        ticker=ticker,
+        taken=taken.replace(tzinfo=None).isoformat(" "),
+        end=(taken + timedelta(hours=1)).replace(tzinfo=None).isoformat(" "),
+    )
+    quote = price_of(alice, ticker)
+    assert quote["market_time"] == quote["timestamp"]
 
 
 def test_a_ticker_is_asked_for_by_its_own_name(bot, market):
@@ -325,7 +394,7 @@ class Slow(Source):
         time.sleep(0.6)
         raise AssertionError("of no use")
 
-market = LiveMarket(app, [Slow()], 180)
+market = LiveMarket(app, [Slow()], 180, 7)
 busy = [market.ask(f"BUSY{n}") for n in range(market.threads._max_workers)]
 threading.Timer(0.2, market.ask("AAPL").cancel).start()
 print(market.quotes(["AAPL"]))
@@ -469,6 +538,35 @@ def test_the_key_of_alpha_vantage_is_told_to_nobody(live, bot, market):
         assert price_of(bot, calm)["source"] == "alphavantage"
     assert any(f"apikey={SECRET}" in path for _, path in market.requests)
     assert SECRET not in "".join(answers) + live.log()
+
+
+# What is not what it was: nobody is stuck with a holding
+
+
+def holding_of(trader, ticker) -> dict:
+    return next(h for h in trader.portfolio["holdings"] if h["ticker"] == ticker)
+
+
+def test_at_a_stale_price_nothing_is_bought_and_a_holding_is_sold(crowd, market):
+    alice, ticker = crowd.trader(), new_ticker()
+    market.yahoo(ticker, "10")
+    quote = price_of(alice, ticker)
+    alice.buys(100, ticker)
+    market.yahoo(ticker, "9", seen=str(int(A_YEAR_AGO.timestamp())))
+    wait_until(quote["valid_until"])
+    response = alice.order("buy", 1, ticker)
+    assert refusal(response) == (409, "stale_price")
+    told = exact(response)
+    assert (moment(told["market_time"]), told["market_price"]) == (A_YEAR_AGO, 9)
+    held = holding_of(alice, ticker)
+    assert (held["current_price"], held["stale"], moment(held["market_time"])) == (9, True, A_YEAR_AGO)
+    assert alice.portfolio["equity"] == 100_000 - 100
+    sold = alice.sells(40, ticker)
+    assert (sold["price"], sold["realized_pnl"]) == (9, -40)
+    assert refusal(alice.order("sell", 1, ticker, at="9.01")) == (409, "price_above_market")
+    assert alice.audit()["ok"]
+    bought, sold, _ = (moment(point["timestamp"]) for point in alice.get("/api/v1/account/history")["points"])
+    assert bought < sold  # The curve goes by the clock, however old a price is.
 
 
 # Not in dollars
@@ -688,7 +786,7 @@ class Nobody(Source):
         raise NoSuchTicker
 
 Quote.latest = lambda ticker: None  # The database is not what is measured.
-market = LiveMarket(app, [Nobody()], 180)
+market = LiveMarket(app, [Nobody()], 180, 7)
 
 def ask(count):
     for _ in range(count):
