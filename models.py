@@ -482,6 +482,12 @@ class Quote(db.Model):
         quotes = sa.select(cls.ticker, cls.timestamp, cls.price).where(cls.ticker.in_(list(tickers)))
         return db.session.execute(quotes.order_by(cls.number)).all()
 
+    def once_more(self, refusal: str, valid_until: datetime) -> "Quote":
+        """The same price for a while longer, at which nothing is bought."""
+        same = ("ticker", "price", "currency", "source", "timestamp", "market_time")
+        copied = {name: getattr(self, name) for name in same}
+        return Quote(**copied, refusal=refusal, valid_until=valid_until)
+
     def publish(self) -> bool:
         """Make this quote that of all processes; False if another one came first with its `number`."""
         try:
