@@ -305,7 +305,10 @@ else:
     if settings.ALPHAVANTAGE_API_KEY:
         sources["alphavantage"] = AlphaVantage(settings.ALPHAVANTAGE_API_KEY)
     market = LiveMarket(
-        app, [sources[s] for s in PRICE_SOURCES if s in sources], settings.PRICE_CACHE_SECONDS
+        app,
+        [sources[s] for s in PRICE_SOURCES if s in sources],
+        settings.PRICE_CACHE_SECONDS,
+        settings.MAX_PRICE_AGE_DAYS,
     )
     if not market.sources:
         sys.exit("PRICE_SOURCES=alphavantage cannot be used without ALPHAVANTAGE_API_KEY.")
@@ -326,6 +329,8 @@ STATUS = {
     "insufficient_funds": 409,
     "insufficient_shares": 409,
     "unsupported_currency": 409,
+    "unsupported_price": 409,
+    "stale_price": 409,
     "limit_exceeded": 409,
     "market_is_live": 409,
     "clock_is_running": 409,
@@ -587,7 +592,7 @@ def balance() -> BalanceAnswer:
 
 @app.get("/api/v1/price/<ticker>")
 @takes(path=PathTicker)
-@refuses("unknown_ticker", "price_unavailable")
+@refuses("unknown_ticker", "unsupported_price", "price_unavailable")
 def price(ticker: str) -> QuoteAnswer:
     """What one share or coin costs, and until when that holds.
 
@@ -621,7 +626,8 @@ def portfolio() -> PortfolioAnswer:
         "insufficient_funds",
         "insufficient_shares",
     ),
-    *("unsupported_currency", "limit_exceeded", "market_is_live", "idempotency_key_reused"),
+    *("unsupported_currency", "unsupported_price", "stale_price", "limit_exceeded"),
+    *("market_is_live", "idempotency_key_reused"),
     *("price_unavailable", "outcome_unknown"),
 )
 @drillable

@@ -156,7 +156,15 @@ ALTER TABLE ibkr_balances ADD COLUMN pin_changes INTEGER DEFAULT '0' NOT NULL;
 
 UPDATE alembic_version SET version_num='0006' WHERE alembic_version.version_num = '0005';
 
--- Running upgrade 0006 -> 0008
+-- Running upgrade 0006 -> 0007
+
+ALTER TABLE ibkr_quotes ADD COLUMN market_time TIMESTAMP WITH TIME ZONE;
+
+ALTER TABLE ibkr_quotes ADD COLUMN refusal VARCHAR(20);
+
+UPDATE alembic_version SET version_num='0007' WHERE alembic_version.version_num = '0006';
+
+-- Running upgrade 0007 -> 0008
 
 ALTER TABLE ibkr_trades ADD COLUMN asked VARCHAR(40);
 
@@ -166,7 +174,7 @@ ALTER TABLE ibkr_trades DROP CONSTRAINT uq_ibkr_trades_user_id_idempotency_key;
 
 ALTER TABLE ibkr_trades ADD CONSTRAINT uq_ibkr_trades_user_id_run_idempotency_key UNIQUE (user_id, run, idempotency_key);
 
-UPDATE alembic_version SET version_num='0008' WHERE alembic_version.version_num = '0006';
+UPDATE alembic_version SET version_num='0008' WHERE alembic_version.version_num = '0007';
 
 -- Running upgrade 0008 -> 0009
 

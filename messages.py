@@ -483,9 +483,10 @@ class Problem(TypedDict):
     limit: NotRequired[Annotated[Dollars, means("The amount to stay below")]]
     ticker: NotRequired[Symbol]
     currency: NotRequired[Annotated[str | None, means("ISO code, as far as the source names one")]]
+    market_time: NotRequired[Annotated[Time, means("When the source itself last saw the price")]]
     trade_id: NotRequired[Annotated[str, means("The trade that the key belongs to")]]
     rate_limit: NotRequired[Annotated[int, means("How many requests are answered in a window of time")]]
-    retry_after: NotRequired[Annotated[int, means("Seconds until the next window")]]
+    retry_after: NotRequired[Annotated[int, means("Seconds until it may go better")]]
 
 
 # -------------------------------------------------------------------------------------------- JSON

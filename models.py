@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 from functools import cache
+from math import ceil
 from typing import Annotated, NotRequired
 
 import sqlalchemy as sa
@@ -61,6 +62,7 @@ from messages import (
     Symbol,
     Time,
     UserNumber,
+    iso,
     means,
     plain,
     unauthorized,
@@ -225,6 +227,8 @@ class HoldingAnswer(TypedDict):
     unrealized_pnl: Annotated[Dollars | None, means("Its profit, in dollars")]
     unrealized_pnl_percent: Annotated[Percent | None, means("Its profit, in percent of the cost basis")]
     price_timestamp: Annotated[Time | None, means("When `current_price` was taken")]
+    market_time: Annotated[Time | None, means("When its source itself last saw it")]
+    stale: Annotated[bool | None, means("Whether it is too old to buy at")]
 
 
 class Holding(db.Model):
@@ -280,6 +284,8 @@ class Holding(db.Model):
             "unrealized_pnl": profit,
             "unrealized_pnl_percent": quote and percent(profit, self.cost_basis),
             "price_timestamp": quote and quote.timestamp,
+            "market_time": quote and quote.market_time,
+            "stale": quote and quote.stale,
         }
 
 
@@ -426,6 +432,18 @@ class QuoteAnswer(TypedDict):
     source: Source
     timestamp: Annotated[Time, means("When the price was taken")]
     valid_until: Annotated[Time | None, means("Until when trades are judged by this price")]
+    market_time: Annotated[Time, means("When the source itself last saw this price")]
+    stale: Annotated[bool, means("Whether it is too old to buy at; a holding can be sold at it")]
+
+
+def bad_price(code: str, ticker: str, until: datetime) -> Refused:
+    """The refusal of a ticker whose price is of no use, or too small for the books, until that moment."""
+    if code == "unsupported_price":
+        return Refused(
+            code, f"{ticker} costs less than {UNIT:f} dollars, the least that there is here.", ticker=ticker
+        )
+    seconds = max(1, ceil((until - now()).total_seconds()))
+    return Refused(code, f"What the sources say of {ticker} is no price.", ticker=ticker, retry_after=seconds)
 
 
 class Quote(db.Model):
@@ -433,7 +451,8 @@ class Quote(db.Model):
 
     A live quote that a server has answered is a row, so that all its processes judge trades by the same one,
     and so that the past can be valued later. `number` counts the quotes of a ticker. A quote of the sample
-    market is no row: it follows from the clock; `market_time` is the moment of the recorded past it is of.
+    market is no row: it follows from the clock. `market_time` is when the source itself last saw the price,
+    the recorded bar say. `refusal` is the code of what buyers are told, where nothing is bought at it.
     """
 
     __tablename__ = "ibkr_quotes"
@@ -445,22 +464,36 @@ class Quote(db.Model):
     source: Mapped[str] = mapped_column(sa.String(20))
     timestamp: Mapped[Moment]
     valid_until: Mapped[Moment]
+    market_time: Mapped[Moment | None]
+    refusal: Mapped[str | None] = mapped_column(sa.String(20))
 
     __table_args__ = (within("price", UNIT, ORDER_LIMIT),)
 
-    market_time = None
+    @property
+    def stale(self) -> bool:
+        return self.refusal is not None
 
     @classmethod
     def latest(cls, ticker: str) -> "Quote | None":
         """The latest quote of `ticker` that any process has published, whether it still holds or not."""
         found = read_only(LATEST_QUOTE, ticker=ticker)
-        return cls(**found[0]._asdict()) if found else None
+        if not found:
+            return None
+        quote = cls(**found[0]._asdict())
+        quote.market_time = quote.market_time or quote.timestamp  # Older versions did not write it down.
+        return quote
 
     @classmethod
     def past(cls, tickers: Iterable[str]) -> Sequence[sa.Row]:
         """Every quote of `tickers` ever published, the oldest first."""
         quotes = sa.select(cls.ticker, cls.timestamp, cls.price).where(cls.ticker.in_(list(tickers)))
         return db.session.execute(quotes.order_by(cls.number)).all()
+
+    def once_more(self, refusal: str, valid_until: datetime) -> "Quote":
+        """The same price for a while longer, at which nothing is bought."""
+        same = ("ticker", "price", "currency", "source", "timestamp", "market_time")
+        copied = {name: getattr(self, name) for name in same}
+        return Quote(**copied, refusal=refusal, valid_until=valid_until)
 
     def publish(self) -> bool:
         """Make this quote that of all processes; False if another one came first with its `number`."""
@@ -471,6 +504,18 @@ class Quote(db.Model):
             return False
         return True
 
+    def refused_to_buyers(self) -> Refused:
+        """Why nothing is bought at this price, at which a holding can still be sold."""
+        if self.refusal != "stale_price":
+            return bad_price(self.refusal, self.ticker, self.valid_until)
+        return Refused(
+            "stale_price",
+            f"{self.ticker} was last priced at {iso(self.market_time)}; that is only good for selling.",
+            ticker=self.ticker,
+            market_price=self.price,
+            market_time=self.market_time,
+        )
+
     def to_dict(self) -> QuoteAnswer:
         return {
             "ticker": self.ticker,
@@ -479,6 +524,8 @@ class Quote(db.Model):
             "source": self.source,
             "timestamp": self.timestamp,
             "valid_until": self.valid_until,
+            "market_time": self.market_time,
+            "stale": self.stale,
         }
 
 
@@ -640,6 +687,8 @@ class Account(db.Model):
                 "only tickers quoted in USD trade.",
                 currency=quote.currency,
             )
+        if quote.refusal and order.action == "buy":
+            raise quote.refused_to_buyers()
         price = order.price or costs.slipped(order.action, quote.price)
         if price >= ORDER_LIMIT:
             raise Refused("limit_exceeded", f"A price stays below {ORDER_LIMIT}.", limit=ORDER_LIMIT)
@@ -993,7 +1042,9 @@ class Books:
         for trade in trades:
             held[trade.ticker] += trade.quantity if trade.trade_type == "buy" else -trade.quantity
             prices[trade.ticker] = trade.market_price
-            add_point(trade.created_at, trade.market_time, trade.cash_after, trade.ticker)
+            # A live price may have been seen before the last trade; there the market's time is the clock's.
+            at = trade.market_time if trade.price_source == "sample" else trade.created_at
+            add_point(trade.created_at, at, trade.cash_after, trade.ticker)
         if portfolio:
             now_worth = {name: portfolio[name] for name in ("market_value", "equity")}
             points.append({"timestamp": market_time, "cash": run.cash_balance, **now_worth})

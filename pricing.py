@@ -20,6 +20,7 @@ from contextvars import copy_context
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal, InvalidOperation
 from functools import cached_property, lru_cache
+from math import ceil
 from operator import itemgetter
 from pathlib import Path
 from urllib.parse import quote as escaped
@@ -29,7 +30,7 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from messages import ORDER_LIMIT, Refused, checked_decimal
-from models import Account, Pin, Quote, now, rounded
+from models import Account, Pin, Quote, bad_price, now, rounded
 from recorded import EPOCH, FIELDS, VOLUME_LIMIT, Bar, read
 
 log = logging.getLogger(__name__)
@@ -41,12 +42,12 @@ QUESTION_SECONDS = 8
 """Nobody waits longer for a price, whatever hangs."""
 
 PAUSE_SECONDS = 15
-"""A source that failed this way `FAILURES_TO_PAUSE` times in a row, or asked us to slow down, rests."""
+"""A source that failed for `FAILURES_TO_PAUSE` tickers in a row, or asked us to slow down, rests."""
 
 FAILURES_TO_PAUSE = 3
 
-UNKNOWN_SECONDS = 60
-"""How long an unknown ticker is remembered: asking Yahoo for one can cost 13 requests."""
+BAD_SECONDS = 60
+"""How long it is remembered that a ticker is unknown or its price bad: asking Yahoo can cost 13 requests."""
 
 CACHE_SIZE = 5_000
 """Tickers in the cache of one process."""
@@ -54,30 +55,89 @@ CACHE_SIZE = 5_000
 ANSWER_BYTES = 1_000_000
 """A longer answer is no price."""
 
+TOO_LONG = 63
+"""How curl says so: CURLE_FILESIZE_EXCEEDED."""
+
 
 class SourceFailed(Exception):
     """A source gave no price; the text says why, in words that are safe to show (no URL, no key)."""
+
+    retry_after = 1
+    """In so many seconds it may answer."""
 
 
 class RateLimited(SourceFailed):
     """A source asked us to slow down."""
 
 
+class NotAsked(SourceFailed):
+    """A source that is likely to fail was left in peace."""
+
+    def __init__(self, reason: str, retry_after: int = 1):
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class BadAnswer(SourceFailed):
+    """A source is there, and what it says of this ticker is no price."""
+
+    code = "price_unavailable"
+    retry_after = BAD_SECONDS
+
+
+class TooSmall(BadAnswer):
+    """A price that is nothing once it is rounded to what the books can hold."""
+
+    code = "unsupported_price"
+
+
 class NoSuchTicker(Exception):
     """A source answered that there is no such ticker."""
 
+    code = "unknown_ticker"
 
-def priced(ticker: str, price, currency: str | None, source: str) -> Quote:
-    """A quote of this moment, if `price` can be one: a number above 0, rounded to 8 decimals."""
+
+def priced(ticker: str, price, currency: str | None, source: str, seen: datetime | None) -> Quote:
+    """A quote of this moment, if `price` can be one: a number above 0, rounded to 8 decimals.
+
+    `seen` is when the source itself last saw it; where that is not known or yet to come, it is this moment.
+    """
     try:
-        price = rounded(checked_decimal(price))
+        exact = checked_decimal(price)
+        price = rounded(exact)
     except (InvalidOperation, ValueError):
-        raise SourceFailed("its price is no number") from None
+        raise BadAnswer("its price is no number") from None
+    if exact > 0 and price == 0:
+        raise TooSmall("its price is too small")
     if not 0 < price < ORDER_LIMIT:
-        raise SourceFailed("its price is out of range")
+        raise BadAnswer("its price is out of range")
     if currency is not None and not re.fullmatch("[A-Za-z]{1,10}", str(currency)):
-        raise SourceFailed("its currency is no currency")
-    return Quote(ticker=ticker, price=price, currency=currency, source=source, timestamp=now())
+        raise BadAnswer("its currency is no currency")
+    moment = now()
+    market_time = min(seen or moment, moment)
+    return Quote(
+        ticker=ticker,
+        price=price,
+        currency=currency,
+        source=source,
+        timestamp=moment,
+        market_time=market_time,
+    )
+
+
+def since_1970(seconds) -> datetime | None:
+    """The moment that is so many seconds after 1970 began, if it can be one."""
+    is_moment = isinstance(seconds, Decimal) and 0 < seconds < 10**11
+    return datetime.fromtimestamp(int(seconds), UTC) if is_moment else None
+
+
+def local_time(text, zone="UTC") -> datetime | None:
+    """The moment in `2024-03-08 15:04:05` of a time zone, or the end of the day in `2024-03-08`, if any."""
+    try:
+        moment = datetime.fromisoformat(text).replace(tzinfo=ZoneInfo(zone)).astimezone(UTC)
+        return moment + timedelta(days=len(text) == len("2024-03-08"))
+    except (TypeError, ValueError, OverflowError, LookupError, OSError):
+        return None
 
 
 def latest(prices: list[tuple[datetime, Decimal]], moment: datetime) -> Decimal | None:
@@ -94,8 +154,14 @@ def no_such_ticker(ticker: str) -> Refused:
     return Refused("unknown_ticker", f"There is no ticker {ticker} here.", ticker=ticker)
 
 
-def no_price(ticker: str) -> Refused:
-    return Refused("price_unavailable", f"No source gave a price for {ticker} in time.", ticker=ticker)
+def no_price(ticker: str, seconds: int = 1) -> Refused:
+    """The refusal of a ticker that nobody was there to price; in so many seconds somebody may be."""
+    sentence = f"No source gave a price for {ticker} in time."
+    return Refused("price_unavailable", sentence, ticker=ticker, retry_after=seconds)
+
+
+def refusal_of(ticker: str, code: str, until: datetime) -> Refused:
+    return no_such_ticker(ticker) if code == "unknown_ticker" else bad_price(code, ticker, until)
 
 
 # -------------------------------------------------------------------------------- The live market
@@ -104,20 +170,21 @@ def no_price(ticker: str) -> Refused:
 class LiveMarket:
     """Asks its sources in order and holds what they answer for `hold_seconds`.
 
-    The way of a question: this process's dict; the quotes that other processes have published; the
-    sources. Questions run in a few threads of their own, one at a time for each ticker, so that a
-    hundred bots that ask at once cause one request, and a source that hangs holds up nobody but those
-    who wait for it.
+    The way of a question: this process's dict; the quotes that other processes have published; what is
+    remembered of bad tickers; the sources. Questions run in a few threads of their own, one at a time for
+    each ticker, so that a hundred bots that ask at once cause one request, and a source that hangs holds up
+    nobody but those who wait for it.
     """
 
     is_sample = False
 
-    def __init__(self, app, sources: list["Source"], hold_seconds: int):
+    def __init__(self, app, sources: list["Source"], hold_seconds: int, max_age_days: int):
         self.app = app
         self.sources = sources
         self.hold = timedelta(seconds=hold_seconds)
+        self.max_age = timedelta(days=max_age_days)
         self.held: dict[str, Quote] = {}
-        self.unknown: dict[str, datetime] = {}
+        self.refused: dict[str, tuple[str, datetime]] = {}
         self.asking: dict[str, Future] = {}
         self.lock = threading.RLock()
         self.threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="price")
@@ -126,8 +193,10 @@ class LiveMarket:
     def look_up(self, ticker: str, account=None) -> Quote | Refused:
         """The quote of `ticker` in force, in the currency that it names, or why there is none.
 
-        That is `unknown_ticker` when the first source knows no such ticker and no other prices it,
-        `price_unavailable` when the first did not answer and no other prices it.
+        Where no source prices it, the first one's word decides: `unknown_ticker` when it knows no such
+        ticker, `price_unavailable` when it did not answer or gave no price, `unsupported_price` when that is
+        too small. A ticker that was ever priced keeps its last price in all cases but one: that the first
+        source did not answer.
         """
         quote = self.held_quote(ticker)
         if quote:
@@ -170,15 +239,8 @@ class LiveMarket:
             return question
 
     def find(self, ticker: str) -> Quote:
-        if self.unknown.get(ticker, now()) > now():
-            raise no_such_ticker(ticker)
-        try:
-            with self.app.app_context():
-                quote = self.published_quote(ticker)
-        except Refused as refused:
-            if refused.code == "unknown_ticker":
-                self.remember(self.unknown, ticker, now() + timedelta(seconds=UNKNOWN_SECONDS))
-            raise
+        with self.app.app_context():
+            quote = self.published_quote(ticker)
         self.remember(self.held, ticker, quote)
         return quote
 
@@ -197,25 +259,50 @@ class LiveMarket:
         first one published. So one quote at most is in force at any moment.
         """
         while True:
-            latest = Quote.latest(ticker)
-            if latest and latest.valid_until > now():
-                return latest
-            quote = self.quote_from_sources(ticker)
-            quote.number = latest.number + 1 if latest else 1
-            quote.valid_until = quote.timestamp + self.hold
+            last = Quote.latest(ticker)
+            if last and last.valid_until > now():
+                return last
+            quote = self.new_quote(ticker, last)
+            quote.number = last.number + 1 if last else 1
             if quote.publish():
                 return quote
 
+    def new_quote(self, ticker: str, last: Quote | None) -> Quote:
+        """What the sources say, or the `last` price once more where they have no good one.
+
+        Nobody is stuck with a holding: at that last price it is valued and sold, and nothing is bought. It
+        is published like any other, so that all processes say so until they look again.
+        """
+        code, until = self.refused.get(ticker, ("", now()))
+        if last is None and until > now():
+            raise refusal_of(ticker, code, until)
+        try:
+            quote = self.quote_from_sources(ticker)
+        except (NoSuchTicker, BadAnswer) as verdict:
+            until = now() + timedelta(seconds=BAD_SECONDS)
+            if last:
+                gone = isinstance(verdict, NoSuchTicker)
+                return last.once_more("stale_price" if gone else verdict.code, until)
+            self.remember(self.refused, ticker, (verdict.code, until))
+            raise refusal_of(ticker, verdict.code, until) from None
+        except SourceFailed as failure:
+            raise no_price(ticker, failure.retry_after) from None
+        quote.valid_until = quote.timestamp + self.hold
+        if quote.timestamp - quote.market_time > self.max_age:
+            quote.refusal = "stale_price"
+        return quote
+
     def quote_from_sources(self, ticker: str) -> Quote:
-        verdicts = []
+        """The quote of the first source that has one; else what the first of all raised."""
+        failures = []
         for source in self.sources:
             try:
                 return source.quote(ticker)
-            except NoSuchTicker:
-                verdicts.append(no_such_ticker(ticker))
-            except SourceFailed:
-                verdicts.append(no_price(ticker))
-        raise verdicts[0]
+            except (NoSuchTicker, SourceFailed) as failure:
+                failures.append(failure)
+        first = failures[0]
+        first.retry_after = min(getattr(failure, "retry_after", BAD_SECONDS) for failure in failures)
+        raise first
 
     def time(self, account=None) -> datetime:
         return now()
@@ -243,39 +330,68 @@ class Source:
     """One place that prices come from: asks, counts, and lets a failing place rest for a while.
 
     Each kind brings an `ask(ticker)` of its own, which answers a `Quote` or raises `NoSuchTicker`,
-    `RateLimited` or `SourceFailed`.
+    `RateLimited`, `BadAnswer` or `SourceFailed`. It rests only when it fails for all: when it says that we
+    ask too often, or gave no answer for different tickers in a row. One bad ticker is its own.
     """
 
     name: str
 
     def __init__(self):
-        self.answers = self.failures = self.failures_in_a_row = 0
+        self.answers = self.failures = 0
         self.last_error = None
+        self.failed: set[str] = set()  # For these tickers in a row it gave no answer at all.
         self.rests_until = 0.0
+        self.is_in_doubt = False  # It has rested and not answered since.
+        self.lock, self.finding_out = threading.Lock(), threading.Lock()
 
     def quote(self, ticker: str) -> Quote:
-        """Ask. Raises `NoSuchTicker`, or `SourceFailed` at once while the source rests."""
-        if time.monotonic() < self.rests_until:
-            raise SourceFailed("it rests")
+        """Ask, unless it rests; after a rest one question at a time finds out whether it is back."""
+        seconds = self.rests_until - time.monotonic()
+        if seconds > 0:
+            raise NotAsked("it rests", ceil(seconds))
+        if not self.is_in_doubt:
+            return self.counted(ticker)
+        if not self.finding_out.acquire(blocking=False):
+            raise NotAsked("it rests")
+        try:
+            return self.counted(ticker)
+        finally:
+            self.finding_out.release()
+
+    def counted(self, ticker: str) -> Quote:
         try:
             quote = self.ask(ticker)
-        except SourceFailed as failure:
-            self.failures += 1
-            self.failures_in_a_row += 1
-            if self.failures_in_a_row >= FAILURES_TO_PAUSE or isinstance(failure, RateLimited):
-                self.rests_until = time.monotonic() + PAUSE_SECONDS
-            self.last_error = {"timestamp": now(), "ticker": ticker, "error": str(failure)}
-            log.warning("%s gave no price for %s: %s", self.name, ticker, failure)
-            raise
         except NoSuchTicker:
-            self.answered()
+            self.is_there(answers=1)
             raise
-        self.answered()
+        except NotAsked:
+            raise
+        except SourceFailed as failure:
+            self.note(ticker, failure)
+            raise
+        self.is_there(answers=1)
         return quote
 
-    def answered(self) -> None:
-        self.answers += 1
-        self.failures_in_a_row = 0
+    def is_there(self, answers: int = 0) -> None:
+        with self.lock:
+            self.answers += answers
+            self.failed.clear()
+            self.is_in_doubt = False
+
+    def note(self, ticker: str, failure: SourceFailed) -> None:
+        """Count a failure, and rest if it was the one too many."""
+        self.last_error = {"timestamp": now(), "ticker": ticker, "error": str(failure)}
+        log.warning("%s gave no price for %s: %s", self.name, ticker, failure)
+        self.failures += 1
+        if isinstance(failure, BadAnswer):
+            return self.is_there()
+        with self.lock:
+            self.failed.add(ticker)
+            if len(self.failed) >= FAILURES_TO_PAUSE or isinstance(failure, RateLimited):
+                self.failed.clear()
+                self.is_in_doubt = True
+                self.rests_until = time.monotonic() + PAUSE_SECONDS
+                failure.retry_after = PAUSE_SECONDS
 
     def health(self) -> dict:
         return {
@@ -291,7 +407,14 @@ def parsed(body: bytes | str) -> dict:
     try:
         return json.loads(body, parse_float=Decimal, parse_int=Decimal)
     except (ValueError, ArithmeticError, RecursionError):
-        raise SourceFailed("its answer is no JSON") from None
+        raise BadAnswer("its answer is no JSON") from None
+
+
+def failure_of(status: int) -> SourceFailed:
+    """What an HTTP status means that comes with no price: 5xx is the source's fault, 4xx the ticker's."""
+    if status == 429:
+        return RateLimited("it says that we ask too often")
+    return (SourceFailed if status >= 500 else BadAnswer)(f"it answered HTTP {status}")
 
 
 class Yahoo(Source):
@@ -309,6 +432,7 @@ class Yahoo(Source):
         self.folder = folder
         self.first_turn = threading.Lock()
         self.turns_lost = 0
+        self.is_reached = False  # Something of Yahoo has answered: its cookie, say.
 
     @cached_property
     def session(self):
@@ -324,8 +448,11 @@ class Yahoo(Source):
                 options["timeout"] = REQUEST_SECONDS / 2
                 if url.startswith(Yahoo.URL):
                     options |= {"timeout": REQUEST_SECONDS, "allow_redirects": False}
-                return super().request(method, url, **options)
+                response = super().request(method, url, **options)
+                yahoo.is_reached = True
+                return response
 
+        yahoo = self
         logging.getLogger("yfinance").setLevel(logging.CRITICAL)  # A failure is one line, and ours.
         yfinance.set_tz_cache_location(self.folder)
         return yfinance.data.YfData(
@@ -335,9 +462,10 @@ class Yahoo(Source):
     def ask(self, ticker: str) -> Quote:
         try:
             meta = self.chart(ticker, "1d")["meta"]
-            return priced(ticker, meta["regularMarketPrice"], meta["currency"], self.name)
-        except (KeyError, TypeError):
-            raise SourceFailed("its answer has no price") from None
+            seen = since_1970(meta.get("regularMarketTime"))
+            return priced(ticker, meta["regularMarketPrice"], meta["currency"], self.name, seen)
+        except (KeyError, TypeError, AttributeError):
+            raise BadAnswer("its answer has no price") from None
 
     def daily_bars(self, ticker: str, period: str) -> tuple[dict[date, list[Decimal | None]], int]:
         """The days of a `period` such as `1y`, and how many are left out as their close is no price.
@@ -374,17 +502,17 @@ class Yahoo(Source):
 
     @contextmanager
     def turn(self):
-        """Until Yahoo has answered once, one thread asks at a time, and where it gets no answer, those who
-        wait behind it do not ask: each would take as long as a Yahoo that hangs takes to fail.
+        """Until anything of Yahoo has answered, one thread asks at a time, and where it gets no answer, those
+        who wait behind it do not ask: each would take as long as a Yahoo that hangs takes to fail.
         """
-        if self.answers:
+        if self.is_reached:
             yield
             return
         turns_lost = self.turns_lost
         if not self.first_turn.acquire(timeout=2 * REQUEST_SECONDS):
             raise SourceFailed("it has not answered yet")
         try:
-            if self.turns_lost > turns_lost:
+            if self.turns_lost > turns_lost and not self.is_reached:
                 raise SourceFailed("it did not answer who asked before")
             yield
         except Exception:
@@ -402,9 +530,11 @@ class Yahoo(Source):
         except Exception as error:  # yfinance raises whatever it stumbles over in a strange answer.
             if type(error).__name__ == "YFRateLimitError":
                 raise RateLimited("it says that we ask too often") from None
+            if getattr(error, "code", None) == TOO_LONG:
+                raise BadAnswer("its answer is too long") from None
             raise SourceFailed(f"no answer ({type(error).__name__})") from None
         if response.status_code not in (200, 404):
-            raise SourceFailed(f"it answered HTTP {response.status_code}")
+            raise failure_of(response.status_code)
         answer = parsed(response.content)
         try:
             if response.status_code == 200:
@@ -413,7 +543,7 @@ class Yahoo(Source):
                 raise NoSuchTicker
         except (KeyError, IndexError, TypeError):
             pass
-        raise SourceFailed(f"it answered HTTP {response.status_code} and no chart")
+        raise BadAnswer(f"it answered HTTP {response.status_code} and no chart")
 
 
 class AlphaVantage(Source):
@@ -443,13 +573,15 @@ class AlphaVantage(Source):
                 raise NoSuchTicker
             if coin:
                 rate = answer["Realtime Currency Exchange Rate"]
-                return priced(ticker, rate["5. Exchange Rate"], rate["3. To_Currency Code"], self.name)
+                seen = local_time(rate.get("6. Last Refreshed"), rate.get("7. Time Zone", "UTC"))
+                return priced(ticker, rate["5. Exchange Rate"], rate["3. To_Currency Code"], self.name, seen)
             if answer["Global Quote"] == {}:
                 raise NoSuchTicker
             currency = None if "." in ticker else "USD"
-            return priced(ticker, answer["Global Quote"]["05. price"], currency, self.name)
-        except (KeyError, TypeError):
-            raise SourceFailed("its answer has no price") from None
+            seen = local_time(answer["Global Quote"].get("07. latest trading day"))
+            return priced(ticker, answer["Global Quote"]["05. price"], currency, self.name, seen)
+        except (KeyError, TypeError, AttributeError):
+            raise BadAnswer("its answer has no price") from None
 
     def answer_to(self, **question) -> dict:
         """Its JSON. Exceptions of requests carry the URL, and so the key: only their names go on."""
@@ -464,17 +596,17 @@ class AlphaVantage(Source):
                 body, deadline = b"", time.monotonic() + REQUEST_SECONDS
                 while part := response.raw.read1(ANSWER_BYTES, decode_content=True):
                     body += part
-                    if len(body) > ANSWER_BYTES or time.monotonic() > deadline:
-                        raise SourceFailed("its answer is too long or too slow")
+                    if len(body) > ANSWER_BYTES:
+                        raise BadAnswer("its answer is too long")
+                    if time.monotonic() > deadline:
+                        raise SourceFailed("its answer is too slow")
         except (requests.RequestException, HTTPError) as error:
             raise SourceFailed(f"no answer ({type(error).__name__})") from None
-        if response.status_code == 429:
-            raise RateLimited("it says that we ask too often")
         if response.status_code != 200:
-            raise SourceFailed(f"it answered HTTP {response.status_code}")
+            raise failure_of(response.status_code)
         answer = parsed(body)
         if not isinstance(answer, dict):
-            raise SourceFailed("its answer has no price")
+            raise BadAnswer("its answer has no price")
         if answer.keys() & {"Note", "Information"}:
             raise RateLimited("it says that we ask too often")
         return answer

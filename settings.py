@@ -62,6 +62,7 @@ def checked_database(url: str) -> str:
 
 Port = Annotated[int, checked_number(1, 65535)]
 Seconds = Annotated[int, checked_number(1, 86_400)]
+Days = Annotated[int, checked_number(1, 36_500)]
 Sources = Annotated[list[str], BeforeValidator(checked_sources)]
 Database = Annotated[str, AfterValidator(checked_database)]
 Dollars = Annotated[Decimal, BeforeValidator(checked_cash)]
@@ -89,6 +90,9 @@ class Settings(BaseModel):
     PRICE_SOURCES: Sources = means("asked in this order; or `sample`, alone", "yahoo,alphavantage")
     ALPHAVANTAGE_API_KEY: str | None = means("without it that source is skipped")
     PRICE_CACHE_SECONDS: Seconds = means("how long a quote holds", "180")
+    MAX_PRICE_AGE_DAYS: Days = means(
+        "nothing is bought at a live price that its source last saw longer ago", "7"
+    )
     SAMPLE_MARKET: Path | None = means("another file for the recorded market")
     STARTING_CASH: Dollars = means("dollars of a new account", "100000")
     COMMISSION_BPS: BasisPoints = means("commission, in hundredths of a percent", "0")

@@ -40,10 +40,14 @@ NO_SUCH_RATE = '{"Error Message": "Invalid API call. Please retry or visit the d
 
 @dataclass
 class Answer:
-    """What is said about one ticker, and how badly. `delay` is in seconds."""
+    """What is said about one ticker, and how badly. `delay` is in seconds.
+
+    `seen` is Yahoo's time of the price, as JSON: seconds since 1970; without it, now.
+    """
 
     price: str | Callable[[], str] = "189.84"
     currency: str | None = "USD"
+    seen: str | None = None
     body: str | dict | None = None
     status: int = 200
     hang: bool = False
@@ -291,8 +295,9 @@ def meta(ticker: str, answer: Answer) -> str:
     price = answer.price() if callable(answer.price) else answer.price
     kind = "CRYPTOCURRENCY" if ticker.upper().endswith("-USD") else "EQUITY"
     facts = {"currency": answer.currency, "symbol": ticker.upper(), "instrumentType": kind}
-    facts["regularMarketTime"] = int(time.time())
-    return json.dumps(facts).removesuffix("}") + f', "regularMarketPrice": {price}}}'
+    seen = int(time.time()) if answer.seen is None else answer.seen
+    numbers = f', "regularMarketTime": {seen}, "regularMarketPrice": {price}}}'
+    return json.dumps(facts).removesuffix("}") + numbers
 
 
 def cookie() -> str:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from threading import Barrier
 
@@ -112,14 +112,17 @@ def crowd(live_server, live_database):
         yield server
 
 
-def share(price: str) -> dict:
+def share(price: str, day=None) -> dict:
     """What Alpha Vantage says of a share."""
-    return {"Global Quote": {"01. symbol": "X", "05. price": price}}
+    seen = {} if day is None else {"07. latest trading day": day}
+    return {"Global Quote": {"01. symbol": "X", "05. price": price} | seen}
 
 
-def coin(price: str, currency: str) -> dict:
+def coin(price: str, currency: str, refreshed=None, zone=None) -> dict:
     """What Alpha Vantage says of a coin."""
-    return {"Realtime Currency Exchange Rate": {"3. To_Currency Code": currency, "5. Exchange Rate": price}}
+    rate = {"3. To_Currency Code": currency, "5. Exchange Rate": price}
+    seen = {} if refreshed is None else {"6. Last Refreshed": refreshed, "7. Time Zone": zone}
+    return {"Realtime Currency Exchange Rate": rate | seen}
 
 
 def asks(trader, ticker) -> requests.Response:
@@ -175,6 +178,72 @@ def test_a_price_costs_yahoo_one_request_and_holds_for_its_time(bot, market):
     wait_until(first["valid_until"])
     assert price_of(bot, ticker)["price"] == 11
     assert market.count(ticker) == 2
+
+
+NOW = datetime.now(UTC).replace(microsecond=0)
+A_YEAR_AGO = NOW - timedelta(days=400)
+
+
+@pytest.mark.parametrize("days", [0, 6, 8, 400])
+def test_a_price_has_the_time_at_which_yahoo_last_saw_it(bot, market, days):
+    ticker, seen = new_ticker(), NOW - timedelta(days=days)
+    market.yahoo(ticker, "10", seen=str(int(seen.timestamp())))
+    quote = price_of(bot, ticker)
+    assert (moment(quote["market_time"]), quote["stale"]) == (seen, days > 7)
+    assert datetime.now(UTC) - moment(quote["timestamp"]) < timedelta(seconds=10)
+
+
+@pytest.mark.parametrize(
+    "seen", ["null", '"yesterday"', "NaN", "-5", "0", "1e300", "true", "[1]", "99999999999"]
+)
+def test_a_time_that_can_be_none_is_the_time_of_the_quote(bot, market, seen):
+    ticker = new_ticker()
+    market.yahoo(ticker, "10", seen=seen)
+    quote = price_of(bot, ticker)
+    assert (quote["market_time"], quote["stale"]) == (quote["timestamp"], False)
+
+
+ALPHA_VANTAGE_SAW = {
+    "DAY": (
+        share("5", "2024-03-08"),
+        "2024-03-09T00:00:00Z",
+    ),  # Wherever the exchange is, by then it is over.
+    "UTC-USD": (coin("5", "USD", "2024-03-08 15:04:05", "UTC"), "2024-03-08T15:04:05Z"),
+    "NY-USD": (coin("5", "USD", "2024-03-08 15:04:05", "US/Eastern"), "2024-03-08T20:04:05Z"),
+    "LOST-USD": (coin("5", "USD", "2024-03-08 15:04:05", "../../nowhere"), None),
+    "LATER-USD": (coin("5", "USD", "2999-03-08 15:04:05", "UTC"), None),
+    "WORD": (share("5", "Friday"), None),
+    "ODD": (share("5", 7), None),
+    "END": (share("5", "9999-12-31"), None),
+    "LATER": (share("5", "2999-12-31"), None),
+    "NONE": (share("5"), None),
+}
+
+
+@pytest.mark.parametrize("ticker", ALPHA_VANTAGE_SAW)
+def test_a_price_has_the_time_at_which_alpha_vantage_last_saw_it(bot, market, ticker):
+    body, seen = ALPHA_VANTAGE_SAW[ticker]
+    ticker = f"{new_ticker()}-USD" if ticker.endswith("-USD") else new_ticker()
+    market.alphavantage(ticker, body)
+    quote = price_of(bot, ticker)
+    assert quote["source"] == "alphavantage"
+    assert (quote["market_time"], quote["stale"]) == (seen or quote["timestamp"], seen is not None)
+
+
+def test_a_quote_that_was_published_before_there_were_market_times_is_of_its_own_time(
+    crowd, live_database, market
+):
+    alice, ticker = crowd.trader(), new_ticker()
+    taken = datetime.now(UTC)
+    live_database.run(
+        "INSERT INTO ibkr_quotes (ticker, number, price, currency, source, timestamp, valid_until) "
+        "VALUES (:ticker, 1, 500000000, 'USD', 'yahoo_finance', :taken, :end)",
+        ticker=ticker,
+        taken=taken.replace(tzinfo=None).isoformat(" "),
+        end=(taken + timedelta(hours=1)).replace(tzinfo=None).isoformat(" "),
+    )
+    quote = price_of(alice, ticker)
+    assert quote["market_time"] == quote["timestamp"]
 
 
 def test_a_ticker_is_asked_for_by_its_own_name(bot, market):
@@ -271,18 +340,40 @@ NO_PRICES = {
 }
 
 
-@pytest.mark.parametrize("answer", NO_PRICES.values(), ids=NO_PRICES.keys())
-def test_yahoo_gives_no_price_and_so_there_is_none_for_now(bot, market, answer):
+OF_THE_SOURCE = {"its own failure", "a gateway's failure", "silence"}
+"""What is no word about the ticker: it may be asked for again at once."""
+
+
+@pytest.mark.parametrize("way", NO_PRICES)
+def test_yahoo_gives_no_price_and_so_there_is_none_for_now(bot, market, way):
+    """For a minute, where it answered at all. The healthy tickers beside it are priced meanwhile.
+
+    They are new ones, so that each is a question to Yahoo; here in a row, which takes less than a minute.
+    """
     ticker = new_ticker()
     market.yahoo("OTHER", "5")
-    market.yahoo(ticker, **answer)
-    started = time.monotonic()
-    response = asks(bot, ticker)
-    assert time.monotonic() - started < 10
-    assert refusal(response) == (503, "price_unavailable")
-    assert int(response.headers["Retry-After"]) > 0
+    market.yahoo(ticker, **NO_PRICES[way])
+    for _ in range(4):
+        started = time.monotonic()
+        response = asks(bot, ticker)
+        assert time.monotonic() - started < 10
+        wait = response.headers.get("Retry-After")
+        if way == "too little to write down":
+            assert (refusal(response), wait) == ((409, "unsupported_price"), None)
+        else:
+            assert refusal(response) == (503, "price_unavailable")
+            assert wait == "1" if way in OF_THE_SOURCE else 50 < int(wait) <= 60
+        healthy = new_ticker()
+        market.yahoo(healthy, "5")
+        assert price_of(bot, healthy)["source"] == "yahoo_finance"
+    market.clear()
     market.yahoo(ticker, "5")
-    assert price_of(bot, ticker)["price"] == 5
+    if way in OF_THE_SOURCE:
+        assert price_of(bot, ticker)["price"] == 5
+    else:
+        assert asks(bot, ticker).status_code == response.status_code
+        assert bot.order("buy", 1, ticker).status_code == response.status_code
+        assert market.requests == []
 
 
 def test_a_portfolio_without_a_price_shows_null_and_the_rest(bot, market):
@@ -325,7 +416,7 @@ class Slow(Source):
         time.sleep(0.6)
         raise AssertionError("of no use")
 
-market = LiveMarket(app, [Slow()], 180)
+market = LiveMarket(app, [Slow()], 180, 7)
 busy = [market.ask(f"BUSY{n}") for n in range(market.threads._max_workers)]
 threading.Timer(0.2, market.ask("AAPL").cancel).start()
 print(market.quotes(["AAPL"]))
@@ -379,7 +470,7 @@ def test_alpha_vantage_prices_a_coin_by_its_exchange_rate(bot, market):
     assert bot.buys("0.5", "BTC-USD")["total_amount"] == Decimal("33506.06172839")
 
 
-UNKNOWN, BROKEN = {"status": 404}, {"status": 500}
+UNKNOWN, BROKEN, BAD, SMALL = {"status": 404}, {"status": 500}, {"price": "0"}, {"price": "1e-9"}
 
 
 @pytest.mark.parametrize(
@@ -391,6 +482,9 @@ UNKNOWN, BROKEN = {"status": 404}, {"status": 500}
         (BROKEN, {"Global Quote": {}}, (503, "price_unavailable")),
         (BROKEN, {"Error Message": "Invalid API call."}, (503, "price_unavailable")),
         (BROKEN, "<html>", (503, "price_unavailable")),
+        (BAD, {"Global Quote": {}}, (503, "price_unavailable")),
+        (SMALL, {"Global Quote": {}}, (409, "unsupported_price")),
+        (SMALL, share("0"), (409, "unsupported_price")),
     ],
 )
 def test_the_first_source_decides_whether_a_ticker_is_unknown(bot, market, first_says, second_says, verdict):
@@ -407,22 +501,23 @@ ALPHA_VANTAGE_SAYS = {
     "BTC-EUR": (coin("61000", "EUR"), "61000.00000000 EUR"),
     "NONE": ({"Global Quote": {}}, "NoSuchTicker"),
     "NO-USD": ({"Error Message": "Invalid API call."}, "NoSuchTicker"),
-    "KEY-USD": ({"Error Message": "the parameter apikey is invalid or missing."}, "SourceFailed"),
-    "KEY": ({"Error Message": "the parameter apikey is invalid or missing."}, "SourceFailed"),
+    "KEY-USD": ({"Error Message": "the parameter apikey is invalid or missing."}, "BadAnswer"),
+    "KEY": ({"Error Message": "the parameter apikey is invalid or missing."}, "BadAnswer"),
     "NOTE": ({"Note": "Our standard API call frequency is 5 calls per minute."}, "RateLimited"),
     "INFO": ({"Information": f"We have detected your API key as {SECRET}."}, "RateLimited"),
     "INFO-USD": ({"Information": "Our standard API rate limit is 25 requests per day."}, "RateLimited"),
-    "NAN": (share("NaN"), "SourceFailed"),
-    "ZERO": (share("0.0000"), "SourceFailed"),
-    "MINUS": (share("-1"), "SourceFailed"),
-    "WORD": (share("lots"), "SourceFailed"),
-    "EMPTY": (share(""), "SourceFailed"),
-    "TRUE": (share(True), "SourceFailed"),
-    "LESS": ({"Global Quote": {"01. symbol": "X"}}, "SourceFailed"),
-    "LIST": ({"Global Quote": ["189.84"]}, "SourceFailed"),
-    "OTHER": ("[]", "SourceFailed"),
-    "HTML": ("<html>", "SourceFailed"),
-    "GIANT": ('{"Note": "' + "x" * 5_000_000 + '"}', "SourceFailed"),
+    "NAN": (share("NaN"), "BadAnswer"),
+    "ZERO": (share("0.0000"), "BadAnswer"),
+    "MINUS": (share("-1"), "BadAnswer"),
+    "SMALL": (share("0.000000001"), "TooSmall"),
+    "WORD": (share("lots"), "BadAnswer"),
+    "EMPTY": (share(""), "BadAnswer"),
+    "TRUE": (share(True), "BadAnswer"),
+    "LESS": ({"Global Quote": {"01. symbol": "X"}}, "BadAnswer"),
+    "LIST": ({"Global Quote": ["189.84"]}, "BadAnswer"),
+    "OTHER": ("[]", "BadAnswer"),
+    "HTML": ("<html>", "BadAnswer"),
+    "GIANT": ('{"Note": "' + "x" * 5_000_000 + '"}', "BadAnswer"),
 }
 ASK_ALPHA_VANTAGE = """
 import sys
@@ -469,6 +564,145 @@ def test_the_key_of_alpha_vantage_is_told_to_nobody(live, bot, market):
         assert price_of(bot, calm)["source"] == "alphavantage"
     assert any(f"apikey={SECRET}" in path for _, path in market.requests)
     assert SECRET not in "".join(answers) + live.log()
+
+
+# What is not what it was: nobody is stuck with a holding
+
+
+def holding_of(trader, ticker) -> dict:
+    return next(h for h in trader.portfolio["holdings"] if h["ticker"] == ticker)
+
+
+def test_at_a_stale_price_nothing_is_bought_and_a_holding_is_sold(crowd, market):
+    alice, ticker = crowd.trader(), new_ticker()
+    wait_until_warm(crowd, alice, market)
+    market.yahoo(ticker, "10")
+    quote = price_of(alice, ticker)
+    alice.buys(100, ticker)
+    market.yahoo(ticker, "9", seen=str(int(A_YEAR_AGO.timestamp())))
+    wait_until(quote["valid_until"])
+    response = alice.order("buy", 1, ticker)
+    assert refusal(response) == (409, "stale_price")
+    told = exact(response)
+    assert (moment(told["market_time"]), told["market_price"]) == (A_YEAR_AGO, 9)
+    held = holding_of(alice, ticker)
+    assert (held["current_price"], held["stale"], moment(held["market_time"])) == (9, True, A_YEAR_AGO)
+    assert alice.portfolio["equity"] == 100_000 - 100
+    sold = alice.sells(40, ticker)
+    assert (sold["price"], sold["realized_pnl"]) == (9, -40)
+    assert refusal(alice.order("sell", 1, ticker, at="9.01")) == (409, "price_above_market")
+    assert alice.audit()["ok"]
+    bought, sold, _ = (moment(point["timestamp"]) for point in alice.get("/api/v1/account/history")["points"])
+    assert bought < sold  # The curve goes by the clock, however old a price is.
+
+
+GONE = {
+    "unknown": ({"status": 404}, (409, "stale_price")),
+    "no price": ({"price": "null"}, (503, "price_unavailable")),
+    "refused": ({"status": 422}, (503, "price_unavailable")),
+    "too small": ({"price": "1e-9"}, (409, "unsupported_price")),
+}
+
+
+@pytest.mark.parametrize("way", GONE)
+def test_a_ticker_that_goes_bad_keeps_its_last_price_for_its_holders(crowd, market, way):
+    alice, bob, ticker = crowd.trader(), crowd.trader(), new_ticker()
+    wait_until_warm(crowd, alice, market)
+    answer, verdict = GONE[way]
+    market.yahoo(ticker, "10", seen=str(int((NOW - timedelta(days=1)).timestamp())))
+    before = price_of(alice, ticker)
+    alice.buys(100, ticker)
+    market.yahoo(ticker, **answer)
+    wait_until(before["valid_until"])
+    quotes = {get(crowd, alice, f"/api/v1/price/{ticker}").text for _ in range(12)}
+    assert len(quotes) == 1, "The processes do not agree."
+    quote = price_of(alice, ticker)
+    assert quote == before | {"stale": True, "valid_until": quote["valid_until"]}
+    for _ in range(6):
+        order = {"ticker": ticker, "action": "buy", "quantity": 1}
+        response = requests.post(
+            f"{crowd.url}/api/v1/trade",
+            json=order,
+            headers={"Authorization": f"Bearer {bob.key}", "Connection": "close"},
+            timeout=30,
+        )
+        assert refusal(response) == verdict
+    if way == "unknown":
+        assert exact(response)["market_time"] == before["market_time"]
+    if verdict[0] == 503:
+        left = moment(quote["valid_until"]) - datetime.now(UTC)
+        assert 0 <= int(response.headers["Retry-After"]) - left.total_seconds() < 2
+    held = holding_of(alice, ticker)
+    assert (held["current_price"], held["stale"], held["market_time"]) == (10, True, before["market_time"])
+    assert (alice.portfolio["equity"], alice.portfolio["total_pnl"]) == (100_000, 0)
+    assert refusal(alice.order("sell", 1, ticker, at="10.01")) == (409, "price_above_market")
+    assert alice.sells(40, ticker)["market_price"] == 10
+    assert alice.sells(60, ticker, at="9.5")["realized_pnl"] == -30
+    assert alice.get("/api/v1/account/history")["summary"]["equity"] == 100_000 - 30
+    assert alice.audit()["ok"]
+
+
+def test_a_source_that_does_not_answer_leaves_no_price_behind(crowd, market):
+    alice, ticker = crowd.trader(), new_ticker()
+    wait_until_warm(crowd, alice, market)
+    market.yahoo(ticker, "10")
+    valid_until = price_of(alice, ticker)["valid_until"]
+    alice.buys(1, ticker)
+    market.yahoo(ticker, status=500)
+    wait_until(valid_until)
+    for response in (asks(alice, ticker), alice.order("sell", 1, ticker)):
+        assert refusal(response) == (503, "price_unavailable")
+    held = holding_of(alice, ticker)
+    assert (held["current_price"], held["stale"], alice.portfolio["equity"]) == (None, None, None)
+
+
+def test_the_first_source_decides_that_a_holding_keeps_its_last_price(bot, market):
+    for second_says in ({"status": 500}, {"body": {"Global Quote": {}}}):
+        ticker = new_ticker()
+        market.yahoo(ticker, "10")
+        market.alphavantage(ticker, **{"body": "", **second_says})
+        valid_until = price_of(bot, ticker)["valid_until"]
+        market.yahoo(ticker, status=404)
+        wait_until(valid_until)
+        assert price_of(bot, ticker)["stale"] is True
+    market.alphavantage(ticker, share("11"))
+    other = new_ticker()
+    market.yahoo(other, "10")
+    market.alphavantage(other, share("11"))
+    valid_until = price_of(bot, other)["valid_until"]
+    market.yahoo(other, price="null")
+    wait_until(valid_until)
+    quote = price_of(bot, other)  # Where the second has a price, there is one.
+    assert (quote["price"], quote["stale"]) == (11, False)
+
+
+A_TICKER_COMES_BACK = """
+import pricing
+from app import app
+pricing.BAD_SECONDS = 0.3
+
+class Moody(pricing.Source):
+    name, says = "moody", "10"
+    def ask(self, ticker):
+        return pricing.priced(ticker, self.says, "USD", self.name, None)
+
+def show():
+    quote = market.look_up("MOODY")
+    print(f"{quote.price:.0f} {quote.refusal}")
+
+source = Moody()
+market = pricing.LiveMarket(app, [source], 0.01, 7)
+for source.says in ("10", "0", "11"):
+    show()
+    pricing.time.sleep(0.1)
+pricing.time.sleep(0.3)
+show()
+"""
+
+
+def test_a_ticker_that_comes_back_is_an_ordinary_one_again(run, database_of_bot):
+    done = run("-c", A_TICKER_COMES_BACK, DATABASE_URL=database_of_bot.url, PRICE_SOURCES="yahoo")
+    assert done.stdout == "10 None\n10 price_unavailable\n10 price_unavailable\n11 None\n", done.stderr
 
 
 # Not in dollars
@@ -524,9 +758,14 @@ def test_a_source_that_asks_us_to_slow_down_is_not_asked_again(fresh, market):
         assert source["last_error"]["error"] == "it says that we ask too often"
     market.clear()
     market.yahoo_default("5")
+    waits = []
     for _ in range(3):
-        assert refusal(asks(alice, new_ticker())) == (503, "price_unavailable")
+        response = asks(alice, new_ticker())
+        assert refusal(response) == (503, "price_unavailable")
+        waits.append(int(response.headers["Retry-After"]))
+        time.sleep(1)
     assert market.requests == []
+    assert 15 >= waits[0] > waits[1] > waits[2] > 9
     assert health_of(fresh)["yahoo_finance"]["failures"] == 1
 
 
@@ -547,6 +786,74 @@ def test_a_source_that_fails_three_times_in_a_row_rests(fresh, market):
     market.clear()
     assert price_of(alice, bad[5])["source"] == "alphavantage"
     assert [host for host, _ in market.requests] == ["www.alphavantage.co"]
+
+
+def test_one_ticker_that_fails_again_and_again_rests_no_source(fresh, market):
+    alice, bad = fresh.trader(), new_ticker()
+    market.yahoo(bad, status=500)
+    for _ in range(5):
+        assert refusal(asks(alice, bad)) == (503, "price_unavailable")
+    yahoo = health_of(fresh)["yahoo_finance"]
+    assert (yahoo["failures"], yahoo["resting"]) == (5, False)
+
+
+def test_on_a_cold_server_a_ticker_that_hangs_takes_nothing_from_another(fresh, market):
+    alice, slow, quick = fresh.trader(), new_ticker(), new_ticker()
+    market.yahoo(slow, hang=True)
+    market.yahoo(quick, "5")
+    answers = at_once(2, lambda number: get(fresh, alice, f"/api/v1/price/{(slow, quick)[number]}"))
+    assert [answer.status_code for answer in answers] == [503, 200]
+
+
+A_SOURCE_IS_FOUND_OUT_ABOUT = """
+import pricing, threading
+pricing.PAUSE_SECONDS = 0.2
+
+class Moody(pricing.Source):
+    name, asked, words = "moody", [], {}
+    def ask(self, ticker):
+        self.asked.append(ticker)
+        pricing.time.sleep(0.1)
+        word = self.words.get(ticker, pricing.SourceFailed("no answer"))
+        if isinstance(word, Exception):
+            raise word
+        return word
+
+def ask(ticker):
+    try:
+        return source.quote(ticker)
+    except (pricing.SourceFailed, pricing.NoSuchTicker) as failure:
+        return str(failure) or "unknown"
+
+def ask_all(*tickers):
+    with pricing.ThreadPoolExecutor(len(tickers)) as threads:
+        return ", ".join(sorted(threads.map(ask, tickers)))
+
+source = Moody()
+ask("A"), ask("B")
+source.words["A"] = pricing.%s
+ask("A"), ask("B"), ask("C")
+print(ask("A"), len(source.asked))
+ask("B"), ask("C"), ask("D")
+print(ask("A"), len(source.asked))
+pricing.time.sleep(0.25)
+print(ask_all("B", "B", "B", "B"), len(source.asked))
+print(ask_all("A", "A", "A", "A"), len(source.asked))
+print(ask_all("A", "A", "A", "A"), len(source.asked))
+"""
+
+
+@pytest.mark.parametrize("word", ["BadAnswer('bad')", "NoSuchTicker('bad')"])
+def test_one_question_at_a_time_finds_out_whether_a_source_is_back(run, word):
+    """It fails for B, C and D. For A it says that this is no ticker or has no price, and so it is there."""
+    done = run("-c", A_SOURCE_IS_FOUND_OUT_ABOUT % word)
+    assert done.stdout.splitlines() == [
+        "bad 6",
+        "it rests 9",
+        "it rests, it rests, it rests, no answer 10",
+        "bad, it rests, it rests, it rests 11",
+        "bad, bad, bad, bad 15",
+    ], done.stderr
 
 
 A_SOURCE_RECOVERS = """
@@ -688,7 +995,7 @@ class Nobody(Source):
         raise NoSuchTicker
 
 Quote.latest = lambda ticker: None  # The database is not what is measured.
-market = LiveMarket(app, [Nobody()], 180)
+market = LiveMarket(app, [Nobody()], 180, 7)
 
 def ask(count):
     for _ in range(count):
@@ -703,7 +1010,7 @@ ask(200)
 before = megabytes()
 ask(20_000)
 grown = megabytes() - before
-print(json.dumps({"grown": grown, "remembered": len(market.unknown), "left": len(market.asking)}))
+print(json.dumps({"grown": grown, "remembered": len(market.refused), "left": len(market.asking)}))
 """
 
 

@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0008"
-down_revision = "0006"
+down_revision = "0007"
 
 OLD = ("uq_ibkr_trades_user_id_idempotency_key", ["user_id", "idempotency_key"])
 NEW = ("uq_ibkr_trades_user_id_run_idempotency_key", ["user_id", "run", "idempotency_key"])
