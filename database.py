@@ -264,9 +264,12 @@ def as_sqlalchemy_has_it(error: Exception, connection: sa.PoolProxiedConnection 
     dialect = db.engine.dialect
     lost = True  # If there was none to be had.
     if connection:
-        lost = is_unusable(error) or dialect.is_disconnect(error, connection.driver_connection, None)
+        driver = connection.driver_connection
+        lost = (
+            is_unusable(error) or dialect.is_disconnect(error, driver, None) or getattr(driver, "closed", 0)
+        )
     if connection and lost:
         connection.invalidate(error)
         db.engine.dispose()  # Those that wait in the pool are as old.
     kind = dialect.dbapi.Error
-    return DBAPIError.instance("", None, error, kind, connection_invalidated=lost, dialect=dialect)
+    return DBAPIError.instance("", None, error, kind, connection_invalidated=bool(lost), dialect=dialect)

@@ -378,6 +378,12 @@ class Trade(db.Model):
         return db.session.scalar(sa.select(cls).filter_by(user_id=user_id, id=trade_id))
 
     @classmethod
+    def latest_in(cls, ticker: str, account: "Account") -> "Trade | None":
+        """The last trade in `ticker` of the account's run."""
+        own = sa.select(cls).filter_by(user_id=account.user_id, run=account.run, ticker=ticker)
+        return db.session.scalar(own.order_by(cls.id.desc()).limit(1))
+
+    @classmethod
     def page(cls, user_id, *, ticker, action, since, until, run, cursor, limit) -> Sequence["Trade"]:
         """The newest `limit` trades with an id below `cursor`, of one run, that pass the filters.
 
@@ -1143,6 +1149,8 @@ def read_only(statement, **values) -> list[tuple]:
         if begins:  # As psycopg2 does by itself, and a connection of SQLite does not.
             connection.driver_connection.autocommit = True
         return send(connection, statement, **values)
+    except engine.dialect.dbapi.Error as error:  # It was closed while it waited in the pool.
+        raise as_sqlalchemy_has_it(error, connection) from error
     finally:
         if begins and connection.is_valid:
             connection.driver_connection.autocommit = False
@@ -1156,8 +1164,9 @@ def send(connection: PoolProxiedConnection, *statements, **values) -> list[tuple
     trade waits for.
     """
     dialect = db.engine.dialect
-    script, cursor = [written(statement, dialect) for statement in statements], connection.cursor()
+    script = [written(statement, dialect) for statement in statements]
     try:
+        cursor = connection.cursor()
         if dialect.name == "sqlite":
             for statement in script:
                 cursor.execute(statement.sql, {n: write(values[n]) for n, write in statement.writers})

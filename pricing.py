@@ -30,7 +30,7 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from messages import ORDER_LIMIT, Refused, checked_decimal
-from models import Account, Pin, Quote, bad_price, now, rounded
+from models import Account, Pin, Quote, Trade, bad_price, now, rounded
 from recorded import EPOCH, FIELDS, VOLUME_LIMIT, Bar, read
 
 log = logging.getLogger(__name__)
@@ -698,14 +698,29 @@ class SampleMarket:
         minute = datetime.now(UTC).replace(second=0, microsecond=0)
         pin = account.pins.get(ticker) if account.pin_changes else None
         quote = self.quote_at(ticker, minute, self.clock(account), pin)
-        return quote or no_such_ticker(ticker)
+        return quote or self.last_traded(ticker, account) or no_such_ticker(ticker)
 
     def quotes(self, tickers: list[str], account: Account) -> dict[str, Quote]:
         """The quotes of those `tickers` that there are, all of the same moment."""
         minute = datetime.now(UTC).replace(second=0, microsecond=0)
         clock, pins = self.clock(account), account.pins
-        quotes = {t: self.quote_at(t, minute, clock, pins.get(t)) for t in tickers}
+        quotes = {
+            t: self.quote_at(t, minute, clock, pins.get(t)) or self.last_traded(t, account) for t in tickers
+        }
         return {ticker: quote for ticker, quote in quotes.items() if quote}
+
+    def last_traded(self, ticker: str, account: Account) -> Quote | None:
+        """What a ticker cost in the account's last trade of it, for whom a changed file has left with it."""
+        trade = Trade.latest_in(ticker, account)
+        return trade and Quote(
+            ticker=ticker,
+            price=trade.market_price,
+            currency="USD",
+            source=self.name,
+            timestamp=trade.created_at,
+            market_time=trade.market_time,
+            refusal="stale_price",
+        )
 
     @lru_cache(maxsize=10_000)  # noqa: B019 - a process has one market, for as long as it lives.
     def quote_at(

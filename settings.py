@@ -93,7 +93,7 @@ class Settings(BaseModel):
     MAX_PRICE_AGE_DAYS: Days = means(
         "nothing is bought at a live price that its source last saw longer ago", "7"
     )
-    SAMPLE_MARKET: Path | None = means("another file for the recorded market")
+    SAMPLE_MARKET: Path | None = means("another file, or a folder of files, for the recorded market")
     STARTING_CASH: Dollars = means("dollars of a new account", "100000")
     COMMISSION_BPS: BasisPoints = means("commission, in hundredths of a percent", "0")
     COMMISSION_MIN: LeastCommission = means("the least commission, in dollars", "0")

@@ -69,7 +69,7 @@ SERVERS = {
 
 
 def instead(program: str) -> list:
-    """The app's command with another program of this folder, such as `bare`."""
+    """The app's command with another program of this folder, such as `empty`."""
     command = [f"{program}:app" if word == "app:app" else word for word in SERVERS["app"]]
     return [*command, "--pythonpath", HERE]
 
@@ -77,7 +77,7 @@ def instead(program: str) -> list:
 SERVERS["empty"] = instead("empty")
 ROOTS = dict.fromkeys(SERVERS, ROOT)  # Where each of them is started; `main` adds the one beside.
 CONTENDERS = ["app", "beside", "granian", "empty", "twin", "pgbench", "raw"]
-RATIOS = "app/beside app/twin granian/twin empty/twin app/pgbench app/raw empty/raw app/bare".split()
+RATIOS = "app/beside app/twin granian/twin empty/twin app/pgbench app/raw empty/raw".split()
 WORKER_CLASSES = {
     "sync": ["--worker-class", "sync"],
     **{f"gthread, {n} threads": ["--worker-class", "gthread", "--threads", n] for n in (4, 8, 16)},
@@ -230,18 +230,6 @@ def wrk(server: Server, task: tuple, seconds: float) -> float:
     if result["failed"]:
         print(f"! {result['failed']} of {result['count']} failed: {ask} at {server.command[0]}", flush=True)
     return result["count"] / result["seconds"]
-
-
-def processor_time(server: Server, task: tuple, seconds: float) -> float:
-    """Microseconds that an answer costs the server: steadier than how many there are in a second."""
-
-    def used() -> float:
-        workers = psutil.Process(server.process.pid).children()
-        return sum(sum(worker.cpu_times()[:2]) for worker in workers) * 1e6
-
-    before = used()
-    answers = wrk(server, task, seconds) * seconds
-    return (used() - before) / answers
 
 
 def pgbench(postgres: PostgresServer, database: str, task: tuple, seconds: float, folder: Path) -> float:
@@ -424,14 +412,6 @@ def worker_classes(url: str, folder: Path, count: int, seconds: float) -> None:
         rounds("gunicorn, a second", contenders, some, count, seconds)
 
 
-def unused_features(url: str, folder: Path, seconds: float) -> None:
-    with ExitStack() as running:
-        commands = {"app": SERVERS["app"], "bare": instead("bare")}
-        servers = {n: running.enter_context(serving(c, url, folder)) for n, c in commands.items()}
-        contenders = {n: partial(processor_time, server) for n, server in servers.items()}
-        rounds("Features that nobody uses, processor time, us", contenders, {"trade": MANY}, 11, seconds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one short round, and no history of a million")
@@ -469,7 +449,6 @@ def main() -> None:
             table(memory(folder, live))
             with serving(SERVERS["app"], url, folder) as app:
                 table(paging(url, app, list(LONG)[: 2 if options.quick else 3]))
-            unused_features(url, folder, seconds)
 
 
 if __name__ == "__main__":

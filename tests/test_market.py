@@ -484,3 +484,25 @@ def test_a_clock_outside_a_file_that_was_changed_stands_at_its_nearest_bar(
         assert exact(outside)["code"] == "invalid_request"
         assert stop_clock(alice, first)["now"] == first
         assert stop_clock(alice, None)["clock"] == "wall"
+
+
+def test_a_holding_whose_ticker_a_changed_file_has_no_more_is_valued_and_sold_at_its_last_trade(
+    new_database, tmp_path
+):
+    database, file = new_database().migrate(), tmp_path / "prices.csv"
+    file.write_text("date,GONE,HERE\n2020-01-01,10,5\n2020-01-02,11,6\n")
+    with Server(database.url, workers=1, SAMPLE_MARKET=file) as server:
+        alice = server.trader()
+        stop_clock(alice, "2020-01-02T00:00:00Z")
+        assert alice.buys(4, "GONE")["price"] == 11
+    file.write_text("date,HERE\n2020-01-01,5\n2020-01-02,6\n")
+    with Server(database.url, workers=1, SAMPLE_MARKET=file) as server:
+        alice.server = server
+        (held,) = alice.portfolio["holdings"]
+        assert (held["current_price"], held["stale"], alice.portfolio["equity"]) == (11, True, 100_000)
+        assert held["market_time"] == "2020-01-02T00:00:00Z"
+        assert alice.buys(1, "GONE")["code"] == "stale_price"
+        assert alice.buys(1, "NEVER")["code"] == "unknown_ticker"
+        assert alice.sells(4, "GONE")["market_price"] == 11
+        assert alice.holdings == {}
+        assert alice.audit()["ok"]
