@@ -60,6 +60,7 @@ from messages import (
     ExactJSON,
     Filters,
     HealthAnswer,
+    Listed,
     MarketAnswer,
     NewAccount,
     NewKey,
@@ -91,6 +92,8 @@ from models import (
     HistoryAnswer,
     Market,
     PortfolioAnswer,
+    PricesAnswer,
+    Quote,
     QuoteAnswer,
     QuoteExpired,
     Trade,
@@ -512,7 +515,7 @@ def advance(step: Advance) -> MarketAnswer:
         return market_of(account)  # Read before it is committed: so it is safe to repeat.
 
 
-@app.put("/api/v1/market/prices/<ticker>")
+@app.put("/api/v1/market/prices/<path:ticker>")
 @takes(PinnedPrice, path=PathTicker)
 @refuses("unknown_ticker", "market_is_live", "outcome_unknown")
 def pin_price(pinned: PinnedPrice, ticker: str) -> MarketAnswer:
@@ -521,7 +524,7 @@ def pin_price(pinned: PinnedPrice, ticker: str) -> MarketAnswer:
     return pin(ticker, pinned.price)
 
 
-@app.delete("/api/v1/market/prices/<ticker>")
+@app.delete("/api/v1/market/prices/<path:ticker>")
 @takes(path=PathTicker)
 @refuses("unknown_ticker", "market_is_live", "outcome_unknown")
 def unpin_price(ticker: str) -> MarketAnswer:
@@ -590,7 +593,17 @@ def balance() -> BalanceAnswer:
     return {"user_id": g.user_id, "cash_balance": g.account.cash_balance}
 
 
-@app.get("/api/v1/price/<ticker>")
+@app.get("/api/v1/prices")
+@takes(query=Listed)
+def prices(listed: Listed) -> PricesAnswer:
+    """What up to 100 tickers cost, asked side by side; why not, for those that have no price."""
+    answers = market.look_ups(listed.tickers, g.account)
+    quotes = [quote.to_dict() for quote in answers.values() if isinstance(quote, Quote)]
+    missing = {ticker: no.code for ticker, no in answers.items() if isinstance(no, Refused)}
+    return {"prices": quotes, "missing": missing}
+
+
+@app.get("/api/v1/price/<path:ticker>")
 @takes(path=PathTicker)
 @refuses("unknown_ticker", "unsupported_price", "price_unavailable")
 def price(ticker: str) -> QuoteAnswer:

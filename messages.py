@@ -110,16 +110,34 @@ def invalid(errors: Iterable[dict]) -> Refused:
 
 # ------------------------------------------------------------------------------------------ Checks
 
-TICKER = r"[.\-=^]*[A-Za-z0-9][A-Za-z0-9.\-=^]*"
+TICKER = r"([.\-=^]*[A-Za-z0-9][A-Za-z0-9.\-=^]*|[A-Za-z]{1,5}/[A-Ca-c]|[A-Za-z0-9]{1,10}/[A-Za-z0-9]{3,9})"
+SHARE_CLASS = "([A-Z]{1,5})[./-]([ABC])"
 EMAIL = "[!-?A-~]+@[!-?A-~]+"
 API_KEY = "[!-~]{8,255}"
 
 
 def checked_ticker(text: str) -> str:
-    """`text` in upper case, if it can be a ticker. Checked first: `"ı".upper()` is `"I"`."""
+    """`text` as the books spell it, if it can be a ticker: `BRK-B` for `brk.b`, `BTC-USD` for `BTC/USD`.
+
+    Checked first: `"ı".upper()` is `"I"`.
+    """
     if len(text) > 20 or not re.fullmatch(TICKER, text):
-        raise ValueError("must be 1 to 20 letters, digits and . - = ^")
-    return text.upper()
+        raise ValueError(
+            "must be 1 to 20 letters, digits and . - = ^, or two parts such as BRK/B and BTC/USD"
+        )
+    text = text.upper()
+    share = re.fullmatch(SHARE_CLASS, text)
+    return f"{share[1]}-{share[2]}" if share else text.replace("/", "-")
+
+
+def checked_tickers(text) -> list[str]:
+    """The tickers in `AAPL, IBM`, each once, in that order."""
+    if not isinstance(text, str):
+        raise ValueError("must be tickers with commas between them")
+    tickers = list(dict.fromkeys(checked_ticker(part.strip()) for part in text.split(",")))
+    if len(tickers) > 100:
+        raise ValueError("must be 100 tickers at the most")
+    return tickers
 
 
 def checked_decimal(value) -> Decimal:
@@ -197,6 +215,9 @@ def whole_number(low: int, high: int):
 
 
 Ticker = Annotated[str, AfterValidator(checked_ticker), text_like(TICKER, maxLength=20, examples=["AAPL"])]
+Tickers = Annotated[
+    list[str], BeforeValidator(checked_tickers), text_like(f"{TICKER}(,{TICKER})*", examples=["AAPL,IBM"])
+]
 Action = Literal["buy", "sell"]
 ActionWord = Annotated[Action, BeforeValidator(in_lower_case), means("In any case")]
 OrderAmount = Annotated[Decimal, BeforeValidator(checked_amount), number_below(ORDER_LIMIT)]
@@ -272,6 +293,10 @@ class TradeOptions(NoOptions):
 
 class PathTicker(NoOptions):
     ticker: Ticker
+
+
+class Listed(NoOptions):
+    tickers: Tickers = Field(description="1 to 100 tickers, with commas between them")
 
 
 class RunOption(NoOptions):

@@ -442,6 +442,13 @@ class QuoteAnswer(TypedDict):
     stale: Annotated[bool, means("Whether it is too old to buy at; a holding can be sold at it")]
 
 
+class PricesAnswer(TypedDict):
+    """What several shares or coins cost."""
+
+    prices: Annotated[list[QuoteAnswer], means("In the order in which they were asked for")]
+    missing: Annotated[dict[str, str], means("The `code` of why not, by ticker")]
+
+
 def bad_price(code: str, ticker: str, until: datetime) -> Refused:
     """The refusal of a ticker whose price is of no use, or too small for the books, until that moment."""
     if code == "unsupported_price":

@@ -134,7 +134,8 @@ class Document:
             kind = number if f":{name}>" in converter else {"type": "string"}
             yield {"name": name, "in": "path", "required": True, "schema": parts.get(name, kind)}
         for name, schema in self.fields_of(takes["query"]).items():
-            yield {"name": name, "in": "query", "schema": schema}
+            required = takes["query"].model_fields[name].is_required()
+            yield {"name": name, "in": "query", "required": required, "schema": schema}
 
     def successes(self, route) -> dict[str, dict]:
         """What a route answers where nothing is refused, by status."""

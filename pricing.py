@@ -29,7 +29,7 @@ from zoneinfo import ZoneInfo
 import requests
 from urllib3.exceptions import HTTPError
 
-from messages import ORDER_LIMIT, Refused, checked_decimal
+from messages import ORDER_LIMIT, SHARE_CLASS, Refused, checked_decimal
 from models import Account, Pin, Quote, Trade, bad_price, now, rounded
 from recorded import EPOCH, FIELDS, VOLUME_LIMIT, Bar, read
 
@@ -212,13 +212,28 @@ class LiveMarket:
 
     def quotes(self, tickers: list[str], account=None) -> dict[str, Quote]:
         """The quotes of those `tickers` that can be had in two seconds, asked for side by side."""
-        quotes = {ticker: self.held_quote(ticker) for ticker in tickers}
-        questions = {ticker: self.ask(ticker) for ticker, quote in quotes.items() if not quote}
-        answered = wait(questions.values(), REQUEST_SECONDS).done
+        answers = self.answers(tickers, REQUEST_SECONDS)
+        return {ticker: quote for ticker, quote in answers.items() if isinstance(quote, Quote)}
+
+    def look_ups(self, tickers: list[str], account=None) -> dict[str, Quote | Refused]:
+        """What `look_up` says of each of `tickers`, asked for side by side."""
+        answers = self.answers(tickers, QUESTION_SECONDS)
+        for answer in answers.values():
+            if not isinstance(answer, Quote | Refused):
+                raise answer
+        return answers
+
+    def answers(self, tickers: list[str], seconds: float) -> dict[str, Quote | Exception]:
+        """What comes of the questions about `tickers` within `seconds`."""
+        answers = {ticker: self.held_quote(ticker) for ticker in tickers}
+        questions = {ticker: self.ask(ticker) for ticker, quote in answers.items() if not quote}
+        answered = wait(questions.values(), seconds).done
         for ticker, question in questions.items():
-            if question in answered and not question.cancelled() and not question.exception():
-                quotes[ticker] = question.result()
-        return {ticker: quote for ticker, quote in quotes.items() if quote}
+            if question in answered and not question.cancelled():
+                answers[ticker] = question.exception() or question.result()
+            else:
+                answers[ticker] = no_price(ticker)
+        return answers
 
     def held_quote(self, ticker: str) -> Quote | None:
         quote = self.held.get(ticker)
@@ -550,7 +565,8 @@ class AlphaVantage(Source):
     """Alpha Vantage: shares by GLOBAL_QUOTE, coins such as BTC-USD by CURRENCY_EXCHANGE_RATE.
 
     It says "no" with HTTP 200 and a `Note` or `Information`. GLOBAL_QUOTE names no currency: a ticker
-    without an exchange's suffix counts as quoted in US dollars, one with (SAP.DE) in none that we know.
+    without an exchange's suffix counts as quoted in US dollars, one with (SAP.DE) in none that we know. Of a
+    class of shares (BRK-B) it may have the one spelling or the other (BRK.B).
     """
 
     name = "alphavantage"
@@ -568,6 +584,8 @@ class AlphaVantage(Source):
             )
         else:
             answer = self.answer_to(function="GLOBAL_QUOTE", symbol=ticker)
+            if answer.get("Global Quote") == {} and re.fullmatch(SHARE_CLASS, ticker):
+                answer = self.answer_to(function="GLOBAL_QUOTE", symbol=ticker.replace("-", "."))
         try:
             if coin and "Error Message" in answer and "apikey" not in answer["Error Message"]:
                 raise NoSuchTicker
@@ -721,6 +739,11 @@ class SampleMarket:
             market_time=trade.market_time,
             refusal="stale_price",
         )
+
+    def look_ups(self, tickers: list[str], account: Account) -> dict[str, Quote | Refused]:
+        """What `look_up` says of each of `tickers`, at one moment."""
+        quotes = self.quotes(tickers, account)
+        return {ticker: quotes.get(ticker) or no_such_ticker(ticker) for ticker in tickers}
 
     @lru_cache(maxsize=10_000)  # noqa: B019 - a process has one market, for as long as it lives.
     def quote_at(

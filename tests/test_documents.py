@@ -14,7 +14,7 @@ LIVE = {"id": r'"id":"\d+"', "trade_id": r'"trade_id":"\d+"', "a moment": r'"tim
 def test_the_endpoints_in_the_readme_are_the_routes(app):
     told = set(re.findall(r"^\| `([A-Z]+ /[^`]*)` \| (.+) \|$", README, re.M))
     served = {
-        (method + " " + re.sub(r"<(?:int[^:]*:)?(.+?)>", r"{\1}", rule.rule), view.__doc__.splitlines()[0])
+        (method + " " + re.sub(r"<(?:\w+[^:>]*:)?(.+?)>", r"{\1}", rule.rule), view.__doc__.splitlines()[0])
         for rule in app.app.url_map.iter_rules()
         for view in [app.app.view_functions[rule.endpoint]]
         for method in rule.methods - {"HEAD", "OPTIONS"}

@@ -506,3 +506,29 @@ def test_a_holding_whose_ticker_a_changed_file_has_no_more_is_valued_and_sold_at
         assert alice.sells(4, "GONE")["market_price"] == 11
         assert alice.holdings == {}
         assert alice.audit()["ok"]
+
+
+def test_many_prices_are_had_at_once(alice):
+    alice.ask("PUT", "/api/v1/market/clock", json={"at": "2012-06-01T00:00:00Z"})
+    alice.sees("IBM", at="150.25")
+    answer = alice.get("/api/v1/prices", tickers="ibm,AAPL,NOPE,IBM,btc/usd")
+    assert [quote["ticker"] for quote in answer["prices"]] == ["IBM", "AAPL", "BTC-USD"]
+    assert answer["prices"] == [alice.get(f"/api/v1/price/{t}") for t in ("IBM", "AAPL", "BTC-USD")]
+    assert answer["missing"] == {"NOPE": "unknown_ticker"}
+    for tickers in (",".join(f"T{n}" for n in range(101)), "", ",", "AAPL,", "A B", "AAPL,A/D"):
+        response = alice.ask("GET", "/api/v1/prices", params={"tickers": tickers})
+        assert (response.status_code, response.json()["code"]) == (400, "invalid_request")
+    hundred = ",".join(f"T{n}" for n in range(100))
+    assert len(alice.get("/api/v1/prices", tickers=f"{hundred},t1")["missing"]) == 100
+
+
+def test_the_price_of_the_sample_market_is_of_its_bar_and_never_stale(alice):
+    """However long ago the recorded past is. A pin is taken in any spelling that a price is."""
+    alice.ask("PUT", "/api/v1/market/clock", json={"at": "2012-06-02T00:00:00Z"})
+    quote = alice.get("/api/v1/price/AAPL")
+    assert (quote["market_time"], quote["stale"]) == ("2012-06-01T00:00:00Z", False)
+    for path in ("btc/usd", "BTC%2FUSD"):
+        response = alice.ask("PUT", f"/api/v1/market/prices/{path}", json={"price": 5})
+        assert response.json()["pins"] == {"BTC-USD": 5}
+        response = alice.ask("DELETE", f"/api/v1/market/prices/{path}")
+        assert response.json()["pins"] == {}

@@ -258,7 +258,9 @@ def test_what_can_be_no_ticker_never_reaches_a_source(live, bot, market):
         "..",
         ".",
         "^",
-        "A/B",
+        "A/D",
+        "A/B/C",
+        "AAPL,IBM",
         "../../v1",
         "A?b=c",
         "A#b",
@@ -270,7 +272,7 @@ def test_what_can_be_no_ticker_never_reaches_a_source(live, bot, market):
         "A" * 21,
     ):
         assert refusal(bot.order("buy", 1, ticker, key=None)) == (400, "invalid_request")
-    for path in ("..", "%2e%2e", "%2E%2E%2Fv1", "A%2FB", "A%00", "A%20B", "%C4%B1"):
+    for path in ("..", "%2e%2e", "%2E%2E%2Fv1", "A%2FD", "A%00", "A%20B", "%C4%B1"):
         connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=10)
         connection.request("GET", f"/api/v1/price/{path}", headers=dict(bot.session.headers))
         assert connection.getresponse().status in (400, 404)
@@ -885,6 +887,64 @@ print(ask(), ask(), source.asked, sep=", ")
 def test_a_source_is_asked_again_after_its_rest(run):
     done = run("-c", A_SOURCE_RECOVERS)
     assert done.stdout == "slow down, it rests, 1\na quote, a quote, 3\n", done.stderr
+
+
+# As people write them
+
+
+@pytest.mark.parametrize("written", ["BRK.B", "brk/b", "BRK%2FB", "BRK-B"])
+def test_a_class_of_shares_has_one_spelling_in_the_books(bot, market, written):
+    market.yahoo("BRK-B", "5")
+    assert price_of(bot, written)["ticker"] == "BRK-B"
+    ticker = written.replace("%2F", "/")
+    assert bot.buys(1, ticker)["ticker"] == "BRK-B"
+    assert [trade["ticker"] for trade in bot.get("/api/v1/trades", ticker=ticker)["trades"]] == ["BRK-B"]
+    assert bot.sells(1, ticker)["quantity"] == 1
+
+
+def test_a_pair_of_currencies_may_have_a_slash(bot, market):
+    market.yahoo("ETH-USD", "5")
+    assert price_of(bot, "eth/usd")["ticker"] == "ETH-USD"
+    assert bot.buys(1, "ETH/USD")["ticker"] == "ETH-USD"
+
+
+def test_alpha_vantage_is_asked_by_both_spellings_of_a_class(bot, market):
+    for ticker, known_as in (("BFA-B", "BFA.B"), ("BFB-B", "BFB-B")):
+        market.alphavantage(known_as, share("5"))
+        quote = price_of(bot, ticker.replace("-", "."))
+        assert (quote["ticker"], quote["currency"], quote["source"]) == (ticker, "USD", "alphavantage")
+        assert bot.buys(1, ticker)["ticker"] == ticker
+    assert refusal(asks(bot, "BFC.B")) == (404, "unknown_ticker")
+
+
+def test_many_prices_are_asked_for_at_once_and_each_has_its_own_fate(bot, market):
+    dear, slow, cheap, bad, small, nobody, foreign = (new_ticker() for _ in range(7))
+    market.yahoo(dear, "100")
+    market.yahoo("BRK-A", "7")
+    market.yahoo(slow, status=500)
+    market.yahoo(cheap, "1")
+    market.yahoo(bad, "null")
+    market.yahoo(small, "1e-9")
+    market.yahoo(foreign, "3", currency="EUR")
+    asked = [dear, "brk/a", dear.lower(), slow, cheap, bad, small, f" {nobody}", foreign, "BRK.A"]
+    answer = bot.get("/api/v1/prices", tickers=",".join(asked))
+    assert [quote["ticker"] for quote in answer["prices"]] == [dear, "BRK-A", cheap, foreign]
+    assert answer["prices"][0] == price_of(bot, dear)
+    assert answer["missing"] == {
+        slow: "price_unavailable",
+        bad: "price_unavailable",
+        small: "unsupported_price",
+        nobody: "unknown_ticker",
+    }
+
+
+def test_many_prices_are_asked_for_side_by_side(bot, market):
+    tickers = [new_ticker() for _ in range(8)]
+    for ticker in tickers:
+        market.yahoo(ticker, "5", delay=0.8)
+    started = time.monotonic()
+    assert len(bot.get("/api/v1/prices", tickers=",".join(tickers))["prices"]) == 8
+    assert time.monotonic() - started < 0.8 * 8 / 2
 
 
 # Many at once

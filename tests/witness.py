@@ -31,6 +31,11 @@ def closed(schema):
     return {name: closed(part) for name, part in schema.items()} | own
 
 
+def part_of_a_path(part: re.Match) -> str:
+    """What may stand for a `{name}`: a ticker may be written with a slash."""
+    return ".+" if part[1] == "ticker" else "[^/]+"
+
+
 class Witness:
     """Knows one description, made ready for many answers."""
 
@@ -39,7 +44,7 @@ class Witness:
         self.headers = set(description["components"]["headers"])
         # What is written out goes before what has a place for anything: trades.csv is not the id of a trade.
         self.paths = [
-            (re.compile(re.sub(r"\\?{\w+\\?}", "[^/]+", re.escape(path))), path, methods)
+            (re.compile(re.sub(r"\\{(\w+)\\}", part_of_a_path, re.escape(path))), path, methods)
             for path, methods in sorted(description["paths"].items(), key=lambda item: item[0].count("{"))
         ]
         self.validators = {}
