@@ -7,7 +7,7 @@
     Commands          what `flask user` and `python app.py` do
 
 What an account may do with its money is in `models.py`, where prices come from in `pricing.py`, what comes in
-and goes out in `messages.py`, and what it takes to stand in public (ids, limits, headers) in `public.py`.
+and goes out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`.
 """
 
 import csv
@@ -162,6 +162,7 @@ if public.ON_HOST and DATABASE_URL.startswith("sqlite"):
         "Set DATABASE_URL to a PostgreSQL."
     )
 COSTS = Costs(settings.COMMISSION_BPS, settings.COMMISSION_MIN, settings.SLIPPAGE_BPS)
+counter = settings.RATELIMIT_STORAGE_URI  # Parsed into a `public.Counter`.
 ADMIN_KEY_HASH = settings.ADMIN_API_KEY and User.hash(settings.ADMIN_API_KEY)
 
 
@@ -244,8 +245,8 @@ class Simulator(Flask):
     def dispatch_request(self):
         """Answer the request, from the top again after a lost race or a lost connection.
 
-        Every route writes in one transaction at the most, and does nothing after it that can fail, so to
-        repeat it whole is safe; a trade looks its idempotency key up first, under the lock, and so finds out
+        Every route writes to accounts in one transaction at the most, and does nothing after it that can fail,
+        so to repeat it whole is safe; a trade looks its idempotency key up first, under the lock, and so finds out
         what became of a COMMIT whose answer was lost. A client does not wait for ever: six tries, the second
         at once, and no further one after three seconds, except for a trade that had to wait for its lock so
         long that its price ran out.
@@ -420,7 +421,7 @@ def quote_expired(error: QuoteExpired) -> Response:
 
 
 def admit() -> None:
-    """Let the request in: find out whose key it carries, which account that is, and how its market is set."""
+    """Let the request in: find out whose key it carries and which account that is, and count it."""
     if not request.path.startswith("/api/"):
         return
     claim_database()
@@ -440,9 +441,6 @@ def admit() -> None:
         raise Refused("forbidden", "Accounts are managed with the server's ADMIN_API_KEY, if it has one.")
     if is_admin and not is_admins_path:
         raise Refused("forbidden", "The admin's key manages accounts; it has none of its own to trade with.")
-
-
-counter = settings.RATELIMIT_STORAGE_URI
 
 
 @cache
@@ -648,9 +646,11 @@ def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
     """Buy or sell, in full and at once, or be refused with the reason.
 
     A limit order (with `price`) is booked at the price it names: at or above the market price for a
-    buy, at or below it for a sale. A market order (without) is booked at the market price. With an
+    buy, at or below it for a sale. A market order (without) is booked at the market price, less favourable
+    by the slippage that is in force. With an
     `Idempotency-Key` an order is safe to send again: it is booked once, and answered the same.
     """
+    # `Simulator.dispatch_request` has let the request in (`admit`, which fills `g`), and may call this again.
     quote = market.look_up(order.ticker, g.account)  # Before the lock: no locked row waits for Yahoo.
 
     with transaction(g.user_id, keep=not options.dry_run):
@@ -658,7 +658,7 @@ def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
         if account.earlier:  # Its first answer needs no price.
             return replay(Trade.of(g.user_id, account.earlier), order, options)
         if account.market_clock != g.account.market_clock or account.pin_changes != g.account.pin_changes:
-            quote = market.look_up(order.ticker, account)  # Of the sample market, which takes no time.
+            quote = market.look_up(order.ticker, account)  # Of the sample market: no network.
         booked = account.fill(order, quote, account.holding, COSTS)
         if options.dry_run:
             return booked.to_dict() | REHEARSED

@@ -95,6 +95,7 @@ TURN_SECONDS = 5
 """Nobody waits longer for those before him."""
 
 turns: WeakValueDictionary[int | None, Lock] = WeakValueDictionary()
+"""By user; an entry lives as long as somebody waits or works."""
 
 
 @contextmanager
@@ -112,7 +113,7 @@ def transaction(user_id: int | None = None, keep: bool = True):
     if not turn.acquire(timeout=TURN_SECONDS):
         raise sa.exc.TimeoutError("Too many requests wait for this.")
     try:
-        session.connection(execution_options={"begin": "BEGIN IMMEDIATE"})
+        session.connection(execution_options={"begin": "BEGIN IMMEDIATE"})  # Which SQLite alone heeds.
         yield
         if keep:
             session.flush()

@@ -8,7 +8,7 @@
     JSON                read with exact digits, and written with them
     Reading requests    the decorator `takes`
 
-Nothing here knows of accounts or of where prices come from.
+Nothing here touches the ledger or asks for a price.
 """
 
 import json

@@ -1,8 +1,8 @@
 """The ledger: who has an account, what is in it, and every trade that was ever booked.
 
 Read `Account` first (what may happen to its money: `locked`, `fill`, `book`), then `Holding` and `Trade`
-(what remains for ever), then `Books`, which proves it all. The rules are methods of the mapped classes and
-touch no database. Nothing here knows of HTTP or of where prices come from.
+(what remains for ever), then `Books`, which proves it all. The rules (`fill`, `buy`, `sell`, `add`) are
+methods of the mapped classes and touch no database. Nothing here asks anybody for a price.
 
 The books obey one equation for each run of each account, to the last digit, always:
 
@@ -842,7 +842,10 @@ class Account(db.Model):
         return account
 
     def book(self, trade: Trade, holding: Holding, order_key: str) -> None:
-        """Write the cash, the holding and the trade, and give the trade its id."""
+        """Write the cash, the holding and the trade, and give the trade its id.
+
+        The objects are not added to the session: `send` writes them, and `transaction` commits at its end.
+        """
         trade.idempotency_key = order_key
         if not holding.quantity:
             write_holding = DELETE_HOLDING
@@ -1091,8 +1094,9 @@ class Books:
 
 
 # ---------------------------------------------------------------------- What every request pays for
-# The statements that find a key, and lock, read and book for a trade. They are SQLAlchemy's and give what
-# theirs give; only the way to PostgreSQL is shorter. Whoever does not read on misses nothing but speed.
+# The statements that find a key, and lock, read and book for a trade, in SQLAlchemy's words. Below them is
+# how they are sent, a shorter way than a session's: sent one by one by SQLAlchemy's `execute`, trades come at
+# about half the speed. Who skips that misses nothing but speed.
 
 HAS_THE_KEY = (User.api_key_hash == bindparam("key_hash")) & User.closed_at.is_(None)
 OWN_ACCOUNT = Account.user_id == bindparam("owner")
@@ -1178,7 +1182,7 @@ def send(connection: PoolProxiedConnection, *statements, **values) -> list[tuple
             for statement in script:
                 cursor.execute(statement.sql, {n: write(values[n]) for n, write in statement.writers})
         elif Written.can_prepare:
-            known = connection.info.setdefault("prepared", {None})
+            known = connection.info.setdefault("prepared", {None})  # None: what needs no PREPARE.
             if new := {statement.prepare for statement in script} - known:
                 cursor.execute("; ".join(new))
                 known |= new

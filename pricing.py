@@ -1,8 +1,8 @@
 """What the market asks: live prices from Yahoo Finance and Alpha Vantage, or the recorded sample.
 
 Both kinds of market answer `look_up(ticker, account)` with a `Quote`, or with a `Refused` that says
-`unknown_ticker` (a source said that there is no such thing) or `price_unavailable` (nobody answered). The
-two are never mixed up: a bot gives up on the first and tries again on the second. Read `LiveMarket` first,
+`unknown_ticker` (a source said that there is no such thing), `unsupported_price` (it is too small for the
+books) or `price_unavailable` (nobody answered). They are never mixed up: a bot gives up on the first and tries again on the last. Read `LiveMarket` first,
 then the sources that it asks, then `SampleMarket`.
 """
 

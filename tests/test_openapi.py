@@ -10,6 +10,7 @@ import pytest
 import requests
 import simplejson
 from cast import ADMIN, Trader
+from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 TOOLS = Path(sys.executable).parent
@@ -23,6 +24,17 @@ def description(server) -> dict:
 
 def test_the_description_is_valid(description):
     validate(description)
+
+
+def test_a_validator_that_reckons_with_floats_takes_every_amount_in_cents(description):
+    schemas = description["components"]["schemas"]
+    quantity = Draft202012Validator(schemas["Order"]["properties"]["quantity"])
+    assert [cents for cents in range(1, 100_001) if not quantity.is_valid(cents / 100)] == []
+    assert all(
+        quantity.is_valid(taken) for taken in (None, "all", "1E-7", 0.8118999999999996, "0.30000000000000004")
+    )
+    for wrong in (0, -0.01, 10_000_000_000, "-1", "ten"):
+        assert not quantity.is_valid(wrong)
 
 
 def test_every_route_is_described_and_nothing_else(app, description):
