@@ -245,11 +245,11 @@ class Simulator(Flask):
     def dispatch_request(self):
         """Answer the request, from the top again after a lost race or a lost connection.
 
-        Every route writes to accounts in one transaction at the most, and does nothing after it that can fail,
-        so to repeat it whole is safe; a trade looks its idempotency key up first, under the lock, and so finds out
-        what became of a COMMIT whose answer was lost. A client does not wait for ever: six tries, the second
-        at once, and no further one after three seconds, except for a trade that had to wait for its lock so
-        long that its price ran out.
+        Every route writes to accounts in one transaction at the most, and does nothing after it that can
+        fail, so to repeat it whole is safe; a trade looks its idempotency key up first, under the lock, and
+        so finds out what became of a COMMIT whose answer was lost. A client does not wait for ever: six
+        tries, the second at once, and no further one after three seconds, except for a trade that had to wait
+        for its lock so long that its price ran out.
         """
         unknown = None
         deadline = time.monotonic() + self.SECONDS

@@ -2,8 +2,8 @@
 
 Both kinds of market answer `look_up(ticker, account)` with a `Quote`, or with a `Refused` that says
 `unknown_ticker` (a source said that there is no such thing), `unsupported_price` (it is too small for the
-books) or `price_unavailable` (nobody answered). They are never mixed up: a bot gives up on the first and tries again on the last. Read `LiveMarket` first,
-then the sources that it asks, then `SampleMarket`.
+books) or `price_unavailable` (nobody answered). They are never mixed up: a bot gives up on the first and
+tries again on the last. Read `LiveMarket` first, then the sources that it asks, then `SampleMarket`.
 """
 
 import json
