@@ -257,6 +257,10 @@ class Simulator(Flask):
             try:
                 admit()
                 return super().dispatch_request()
+            except Refused as refusal:
+                if unknown:  # What was not known then is not known by a refusal now.
+                    raise unknown from refusal
+                raise
             except (DBAPIError, sa.exc.TimeoutError, QuoteExpired, OutcomeUnknown) as error:
                 db.session.close()
                 unknown = unknown or (isinstance(error, OutcomeUnknown) and error)
@@ -655,6 +659,8 @@ def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
 
     with transaction(g.user_id, keep=not options.dry_run):
         account = Account.locked(g.user_id, g.key_hash, order.ticker, order_key)
+        if "booked" in g and g.booked.run != account.run:  # Lost with its COMMIT, and its run is over.
+            raise OutcomeUnknown
         if account.earlier:  # Its first answer needs no price.
             return replay(Trade.of(g.user_id, account.earlier), order, options)
         if account.market_clock != g.account.market_clock or account.pin_changes != g.account.pin_changes:

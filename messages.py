@@ -154,7 +154,8 @@ def checked_amount(
 ) -> Decimal:
     """A price, or with another rounding a quantity, to 8 decimals: bots keep their books in binary floats."""
     value = value if isinstance(value, Decimal) else checked_decimal(value)
-    exact = value.quantize(UNIT, rounding) if abs(value) < limit else value
+    # Compared before it is rounded: a number may have a million digits before its point.
+    exact = value.quantize(UNIT, rounding) if -limit < value < limit else value
     if not least <= exact < limit:
         raise ValueError(f"must be {'above 0 and' if least else 'from 0 to'} below {limit}")
     return exact
@@ -183,7 +184,7 @@ def whole(number):
         number = Decimal(number)
     if not isinstance(number, Decimal) or number != number.to_integral_value():
         raise ValueError("must be a whole number")
-    return int(number) if abs(number) < 10**20 else 10**20
+    return int(number) if -(10**20) < number < 10**20 else 10**20
 
 
 def in_lower_case(word):

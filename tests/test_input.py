@@ -48,6 +48,8 @@ WRONG_ORDERS = [
     ORDER | {"price": "9999999999.999999995"},
     ORDER | {"price": "0.000000004"},
     ORDER | {"notional": 1},
+    ORDER | {"quantity": "9999999999." + "9" * 40, "action": "sell"},
+    ORDER | {"quantity": "9" * 40 + "." + "9" * 40 + "e-30", "action": "sell"},
     ORDER | {"quantity": None, "notional": "0.000000009"},
     ORDER | {"quantity": None, "notional": "all"},
     ORDER | {"action": None},
@@ -115,7 +117,19 @@ def test_a_wrong_order_is_refused_with_the_field_that_is_wrong(carol, order):
 
 
 def test_the_numbers_of_json_are_refused_by_their_value(carol):
-    for number in ("1e400", "-1e400", "1e-400", "-0", "9" * 5000, "1e10", "0.1e-8"):
+    for number in (
+        "1e9999999",
+        "-1e9999999",
+        "1e999999999999999999",
+        "9999999999." + "9" * 60,
+        "1e400",
+        "-1e400",
+        "1e-400",
+        "-0",
+        "9" * 5000,
+        "1e10",
+        "0.1e-8",
+    ):
         body = '{"ticker":"AAPL","action":"buy","quantity":' + number + "}"
         response = carol.ask("POST", "/api/v1/trade", data=body, headers=JSON)
         assert refused(response, 400)["errors"][0]["field"] == "quantity"
@@ -271,3 +285,20 @@ def test_no_bytes_whatever_are_answered_with_a_500(carol, body, key):
     }
     response = carol.ask("POST", "/api/v1/trade", data=body, headers=headers)
     assert 400 <= response.status_code < 500, response.text
+
+
+@pytest.mark.parametrize(
+    "number", ["1e9999999", "-1e9999999", "89999999999." + "9" * 60, "1e999999999999999999"]
+)
+def test_no_number_is_too_long_to_be_refused(carol, number):
+    asked = {
+        ("POST", "/api/v1/trade"): ("price", '"ticker":"AAPL","action":"buy","quantity":1'),
+        ("POST", "/api/v1/trade?dry_run=true"): ("notional", '"ticker":"AAPL","action":"buy"'),
+        ("POST", "/api/v1/account/reset"): ("cash", ""),
+        ("POST", "/api/v1/market/advance"): ("bars", ""),
+        ("PUT", "/api/v1/market/prices/IBM"): ("price", ""),
+    }
+    for (method, path), (field, rest) in asked.items():
+        body = "{" + ", ".join(filter(None, [rest, f'"{field}":{number}'])) + "}"
+        problem = refused(carol.ask(method, path, data=body, headers=JSON), 400)
+        assert problem["errors"][0]["field"] == field
