@@ -96,3 +96,21 @@ def test_the_sessions_in_the_readme_answer_as_printed(program):
                 ["bash", "-c", f"{define}\n{line}"], capture_output=True, text=True, timeout=30
             )
             assert masked(shell.stdout) == masked(answer), line
+
+
+def test_the_first_lines_of_curl_can_be_pasted_one_by_one(program):
+    block = README.split("## A first session")[1].split("```sh\n")[1].split("```")[0]
+    server = Server("", command=[sys.executable, "app.py"])
+    server.folder = program
+    with server:
+        answers = [
+            subprocess.run(
+                ["sh", "-c", line.replace("http://127.0.0.1:8000", server.url)],
+                capture_output=True, text=True, timeout=30,
+            ).stdout
+            for line in block.splitlines()
+        ]  # fmt: skip
+    price, trade, portfolio = answers
+    assert '"ticker":"AAPL","price":' in price
+    assert '"trade_type":"buy","quantity":1,' in trade
+    assert '"holdings":[{"ticker":"AAPL","quantity":1,' in portfolio
