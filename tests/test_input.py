@@ -121,7 +121,6 @@ def test_the_numbers_of_json_are_refused_by_their_value(carol):
         "1e9999999",
         "-1e9999999",
         "1e999999999999999999",
-        "9999999999." + "9" * 60,
         "1e400",
         "-1e400",
         "1e-400",
