@@ -799,17 +799,6 @@ def test_one_ticker_that_fails_again_and_again_rests_no_source(fresh, market):
     assert (yahoo["failures"], yahoo["resting"]) == (5, False)
 
 
-def test_on_a_cold_server_a_ticker_that_hangs_takes_nothing_from_another(fresh, market):
-    alice, slow, quick = fresh.trader(), new_ticker(), new_ticker()
-    market.yahoo(slow, hang=True)
-    market.yahoo(quick, "5")
-    answers = at_once(2, lambda number: get(fresh, alice, f"/api/v1/price/{(slow, quick)[number]}"))
-    assert answers[0].status_code == 503
-    # Who asked beside it has its answer, or is told that it has not answered yet, and then has it.
-    assert answers[1].status_code == 200 or refusal(answers[1]) == (503, "price_unavailable")
-    assert get(fresh, alice, f"/api/v1/price/{quick}").status_code == 200
-
-
 A_SOURCE_IS_FOUND_OUT_ABOUT = """
 import pricing, threading
 pricing.PAUSE_SECONDS = 0.2
