@@ -116,7 +116,6 @@ from pricing import (
     yahoo_is_reachable,
 )
 from recorded import FIELDS, BadFile, ticker_from
-from recorded import read as read_market
 from settings import read_settings
 
 VERSION = "1.0.0"
@@ -536,7 +535,8 @@ def unpin_price(ticker: str) -> MarketAnswer:
 
 
 def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
-    if ticker not in market.series:
+    letting_go = price is None and ticker in g.account.pins  # Also of a ticker that the file has no more.
+    if ticker not in market.series and not letting_go:
         raise no_such_ticker(ticker)
     with transaction(g.user_id):
         account = Account.locked(g.user_id, g.key_hash)
@@ -810,6 +810,7 @@ def rules() -> RulesAnswer:
             "A trade is booked at the price that the order names; without one, at the market price.",
             "Cash must cover a buy, the holding a sell: no margin, no short selling.",
             "Only tickers quoted in US dollars trade.",
+            "A price that its source saw too long ago, or knows no more, is good for selling only.",
             "A trade is booked in full and at once, or not at all.",
         ],
         "order_types": ["limit", "market"],
@@ -1060,11 +1061,8 @@ def record(tickers: tuple[str, ...], period: str, output):
     writer = csv.writer(output, lineterminator="\n")
     writer.writerow(["timestamp", "ticker", *FIELDS])
     writer.writerows([*when_and_what, *numbers] for when_and_what, numbers in sorted(rows.items()))
-    output.close()
     for warning in warnings:
         click.echo(warning, err=True)
-    if os.path.isfile(output.name):  # And no pipe.
-        read_market(output.name)  # So what is written is known to load.
     click.echo(f"{len(rows)} bars are in {output.name}.")
 
 

@@ -486,8 +486,7 @@ class Yahoo(Source):
         """The days of a `period` such as `1y`, and how many are left out as their close is no price.
 
         Each has its open, high, low and close in dollars (only the close is never None) and its volume. A
-        day is the exchange's own, and of two answers for one day the last counts: the first is the candle
-        of a day that is not over.
+        day is the exchange's own, and of two answers for one day the last counts.
         """
         chart = self.chart(ticker, period)
         try:

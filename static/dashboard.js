@@ -622,16 +622,16 @@ function fillTicket(action, ticker, amount) {
 async function refreshQuote() {
   const ticker = ticketTicker();
   quoteMayChange = false;
-  const isTicker = /^[A-Z0-9.\-=^]{1,20}$/.test(ticker) && /[A-Z0-9]/.test(ticker);
+  const isTicker = /^[A-Z0-9.\-=^/]{1,20}$/.test(ticker) && /[A-Z0-9]/.test(ticker);
   if (!isTicker) {
     quoted = null;
-    draw($("quote"), ticker ? "A ticker has letters, digits and . - = ^ only." : "Name a ticker to see its price.");
+    draw($("quote"), ticker ? "A ticker has letters, digits and . - = ^ / only." : "Name a ticker to see its price.");
     return drawTicket();
   }
   try {
     const quote = await ask(`/api/v1/price/${encodeURIComponent(ticker)}`);
     if (ticker !== ticketTicker()) return;
-    quoted = quote;
+    quoted = { ...quote, asked: ticker }; // BRK.B is answered as BRK-B.
     quoteMayChange = true;
     const taken = seen.market?.clock === "manual" ? day(quote.timestamp) : `${age(quote.timestamp)} ago`;
     const old = quote.stale ? `; stale, its market last saw it on ${day(quote.market_time)}` : "";
@@ -650,7 +650,7 @@ async function refreshQuote() {
 function drawTicket() {
   const buying = ticketAction() === "buy";
   draw($("place"), buying ? "Place buy order" : "Place sell order");
-  const each = $("price").value.trim() || (quoted?.ticker === ticketTicker() ? quoted.price : "");
+  const each = $("price").value.trim() || (quoted?.asked === ticketTicker() ? quoted.price : "");
   const amount = $("quantity").value.trim();
   const known = isAmount(each) && isAmount(amount);
   const total = known ? rounded((units(each) * units(amount)) / 10n ** 8n, 8) : "";

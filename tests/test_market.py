@@ -8,8 +8,9 @@ from decimal import Decimal
 
 import pytest
 import requests
-from cast import Server, exact, in_process
+from cast import ADMIN, Server, exact, in_process
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 
 def stop_clock(trader, at):
@@ -505,6 +506,7 @@ def test_a_holding_whose_ticker_a_changed_file_has_no_more_is_valued_and_sold_at
         assert alice.buys(1, "NEVER")["code"] == "unknown_ticker"
         assert alice.sells(4, "GONE")["market_price"] == 11
         assert alice.holdings == {}
+        assert alice.ask("DELETE", "/api/v1/market/prices/NEVER").status_code == 404
         assert alice.audit()["ok"]
 
 
@@ -532,3 +534,57 @@ def test_the_price_of_the_sample_market_is_of_its_bar_and_never_stale(alice):
         assert response.json()["pins"] == {"BTC-USD": 5}
         response = alice.ask("DELETE", f"/api/v1/market/prices/{path}")
         assert response.json()["pins"] == {}
+
+
+def test_a_pin_on_a_ticker_that_a_changed_file_has_no_more_can_be_let_go(new_database, tmp_path):
+    database, file = new_database().migrate(), tmp_path / "prices.csv"
+    file.write_text("date,GONE,HERE\n2020-01-01,10,5\n")
+    with Server(database.url, workers=1, SAMPLE_MARKET=file) as server:
+        alice = server.trader().sees("GONE", at=7)
+    file.write_text("date,HERE\n2020-01-01,5\n")
+    with Server(database.url, workers=1, SAMPLE_MARKET=file) as alice.server:
+        assert alice.get("/api/v1/market")["pins"] == {"GONE": 7}
+        assert exact(alice.ask("DELETE", "/api/v1/market/prices/GONE"))["pins"] == {}
+        assert alice.get("/api/v1/price/GONE")["code"] == "unknown_ticker"
+
+
+# A COMMIT whose answer is lost, and what may happen before the server looks again
+
+
+def starts_over_with_nothing(trader):
+    assert trader.ask("POST", "/api/v1/account/reset", json={"cash": 10}).status_code == 200
+
+
+def starts_over(trader):
+    assert trader.ask("POST", "/api/v1/account/reset").status_code == 200
+
+
+def gets_a_new_key(trader):
+    path = f"{trader.server.url}/api/v1/users/{trader.user_id}/rotate-key"
+    answer = requests.post(path, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=30)
+    trader.session.headers["Authorization"] = f"Bearer {answer.json()['api_key']}"
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+@pytest.mark.parametrize("meanwhile", [starts_over, starts_over_with_nothing, gets_a_new_key])
+def test_what_became_of_a_trade_is_unknown_when_all_has_changed_before_it_is_looked_up(
+    server, alice, monkeypatch, meanwhile, key
+):
+    """It is never booked once more in another run, and never answered as if it had been refused."""
+    stop_clock(alice, "2012-06-01T00:00:00Z")
+    with in_process(alice) as (program, ask):
+        commit = Session.commit
+
+        def commits_and_loses_the_answer(session):
+            monkeypatch.setattr(Session, "commit", commit)
+            session.commit()
+            session.close()
+            meanwhile(alice)
+            lose_connection()
+
+        monkeypatch.setattr(Session, "commit", commits_and_loses_the_answer)
+        order = {"ticker": "AAPL", "action": "buy", "quantity": 1}
+        answer = ask("POST", "/api/v1/trade", json=order, headers={"Idempotency-Key": key} if key else {})
+    assert (answer.status_code, json.loads(answer.text)["code"]) == (503, "outcome_unknown")
+    assert len(alice.get("/api/v1/trades", run=1)["trades"]) == 1
+    assert alice.audit() == {"ok": True, "trades": 1, "differences": []}

@@ -799,6 +799,22 @@ def test_one_ticker_that_fails_again_and_again_rests_no_source(fresh, market):
     assert (yahoo["failures"], yahoo["resting"]) == (5, False)
 
 
+def test_on_a_cold_server_a_ticker_that_hangs_takes_nothing_from_another(fresh, market):
+    """Whoever comes second does so when Yahoo has answered with its cookie, though with no price yet."""
+    alice, slow, quick = fresh.trader(), new_ticker(), new_ticker()
+    market.yahoo(slow, hang=True)
+    market.yahoo(quick, "5")
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(get, fresh, alice, f"/api/v1/price/{slow}")
+        deadline = time.monotonic() + 20
+        while not any(slow in path for _, path in market.requests):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert get(fresh, alice, f"/api/v1/price/{quick}").status_code == 200
+        assert not hanging.done()
+        assert refusal(hanging.result()) == (503, "price_unavailable")
+
+
 A_SOURCE_IS_FOUND_OUT_ABOUT = """
 import pricing, threading
 pricing.PAUSE_SECONDS = 0.2
