@@ -13,7 +13,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
@@ -29,8 +29,9 @@ from zoneinfo import ZoneInfo
 import requests
 from urllib3.exceptions import HTTPError
 
-from messages import ORDER_LIMIT, SHARE_CLASS, Refused, checked_decimal
-from models import Account, Pin, Quote, Trade, bad_price, now, rounded
+from messages import ORDER_LIMIT, SHARE_CLASS, Refused, checked_decimal, now, rounded
+from models import Account, Pin, Quote, Trade, bad_price
+from orders import Passed, Step
 from recorded import EPOCH, FIELDS, VOLUME_LIMIT, Bar, read
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,12 @@ ANSWER_BYTES = 1_000_000
 
 TOO_LONG = 63
 """How curl says so: CURLE_FILESIZE_EXCEEDED."""
+
+
+COIN = r"([A-Z0-9]+)-([A-Z]{3})"
+"""A coin and the currency that it is priced in."""
+
+NEW_YORK = ZoneInfo("America/New_York")
 
 
 class SourceFailed(Exception):
@@ -322,6 +329,44 @@ class LiveMarket:
     def time(self, account=None) -> datetime:
         return now()
 
+    def has_moved(self, account: Account) -> bool:
+        """Whether there are prices that its open orders have not seen; asks for those that ran out."""
+        moment, seen = now(), {}
+        for order in account.orders:
+            if order.time_in_force == "day" and self.day(order.ticker, moment) != order.day:
+                return True
+            if order.status == "open":
+                seen[order.ticker] = order.quote_number
+        return any(quote.number > seen[t] for t, quote in self.quotes(list(seen)).items())
+
+    def passed(self, account: Account, moment: datetime) -> list[Step]:
+        """Each quote that was published since the account's open orders saw one, in the order of time."""
+        seen = {order.ticker: order.quote_number for order in account.orders if order.status == "open"}
+        quotes = [
+            (quote.timestamp, {quote.ticker: self.passed_at(quote)})
+            for quote in Quote.after(seen)
+            if quote.currency == "USD"
+        ]
+        return [*quotes, (moment, {})]  # By which a day may have ended.
+
+    @staticmethod
+    def passed_at(quote: Quote) -> Passed:
+        return Passed(
+            quote.market_time or quote.timestamp,
+            *[quote.price] * 3,
+            quote.source,
+            quote.number,
+            only_for_sales=quote.stale,
+        )
+
+    def day(self, ticker: str, moment: datetime) -> date:
+        """The day of trading in `ticker`: a coin's is UTC's, a share's ends at 16:00 in New York."""
+        if re.fullmatch(COIN, ticker):
+            return moment.date()
+        day = (moment.astimezone(NEW_YORK) + timedelta(hours=8)).date()
+        weekend = {5: 2, 6: 1}  # What is placed then waits for Monday.
+        return day + timedelta(days=weekend.get(day.weekday(), 0))
+
     def past(self, user_id: int, tickers: Iterable[str]) -> PastPrice:
         """What a ticker cost at some moment: the last quote that any process had published by then."""
         quotes = defaultdict(list)
@@ -576,7 +621,7 @@ class AlphaVantage(Source):
         self.api_key = api_key
 
     def ask(self, ticker: str) -> Quote:
-        coin = re.fullmatch(r"([A-Z0-9]+)-([A-Z]{3})", ticker)
+        coin = re.fullmatch(COIN, ticker)
         if coin:
             answer = self.answer_to(
                 function="CURRENCY_EXCHANGE_RATE", from_currency=coin[1], to_currency=coin[2]
@@ -674,6 +719,11 @@ BAR_SECONDS = 60
 """The sample market moves on by one recorded bar a minute, and begins again after the last."""
 
 
+def minute_of(moment: datetime) -> int:
+    """How many bars the wall clock has shown since 1970."""
+    return int(moment.timestamp()) // BAR_SECONDS
+
+
 class SampleMarket:
     """Recorded prices, as a pure function of the clock: every process and restart agrees on them.
 
@@ -708,7 +758,60 @@ class SampleMarket:
         return self.clock(account) or self.bar_shown(now())
 
     def bar_shown(self, moment: datetime) -> datetime:
-        return self.bars[int(moment.timestamp()) // BAR_SECONDS % len(self.bars)]
+        return self.bars[minute_of(moment) % len(self.bars)]
+
+    def has_moved(self, account: Account) -> bool:
+        """Whether there are prices that the account's open orders have not seen."""
+        return not account.market_clock and minute_of(now()) > minute_of(account.settled_at)
+
+    def passed(self, account: Account, moment: datetime) -> Iterator[Step]:
+        """The bars that the wall clock has shown since the account's open orders saw one, until `moment`."""
+        first, last = minute_of(account.settled_at) + 1, minute_of(moment)
+        minutes = () if account.market_clock else range(first, last + 1)
+        return self.steps(account, (self.bars[minute % len(self.bars)] for minute in minutes))
+
+    def bars_between(self, account: Account, bar: datetime) -> Iterator[Step]:
+        """The bars that the account's clock passes on its way from where it stands to `bar`."""
+        first, last = bisect_right(self.bars, self.clock(account)), bisect_right(self.bars, bar)
+        return self.steps(account, self.bars[first:last])
+
+    def steps(self, account: Account, bars: Iterable[datetime]) -> Iterator[Step]:
+        """What the tickers of the account's open orders cost in each of `bars`: the row of the file, if it
+        has one, or what the account has pinned.
+        """
+        tickers, pins = {order.ticker for order in account.orders}, account.pins
+        known = {}  # The clock may pass a bar a thousand times.
+        for bar in bars:
+            if bar not in known:
+                passed = {ticker: self.passed_in(ticker, bar, pins.get(ticker)) for ticker in tickers}
+                known[bar] = {ticker: prices for ticker, prices in passed.items() if prices}
+            yield bar, known[bar]
+
+    def passed_in(self, ticker: str, bar: datetime, pin: Decimal | None) -> Passed | None:
+        if pin:
+            return Passed(bar, pin, pin, pin, self.name)
+        row = self.row(ticker, bar)
+        return row and row.timestamp == bar and Passed(bar, row.open, row.high, row.low, self.name) or None
+
+    def landing(self, account: Account, moment: datetime) -> list[Step]:
+        """The bar to which the clock has jumped: one price for each ticker, its close or what is pinned."""
+        bar, pins, passed = self.clock(account) or self.bar_shown(moment), account.pins, {}
+        for ticker in {order.ticker for order in account.orders}:
+            row = self.row(ticker, bar)
+            price = pins.get(ticker) or (row and row.timestamp == bar and row.close)
+            if price:
+                passed[ticker] = Passed(bar, price, price, price, self.name)
+        return [(bar, passed)]
+
+    def pinned(self, account: Account, ticker: str, moment: datetime) -> list[Step]:
+        """The one price that a ticker has from now on, as it was pinned or let go."""
+        bar = self.clock(account) or self.bar_shown(moment)
+        price = account.pins.get(ticker) or self.price(ticker, bar)
+        return [(bar, {ticker: Passed(bar, price, price, price, self.name)})] if price else []
+
+    def day(self, ticker: str, moment: datetime) -> date:
+        """The day of the market in which a bar falls."""
+        return moment.date()
 
     def look_up(self, ticker: str, account: Account) -> Quote | Refused:
         """The price of `ticker` in dollars at the account's clock, or what the account pinned it at."""
@@ -775,11 +878,16 @@ class SampleMarket:
 
         return price
 
-    def price(self, ticker: str, bar: datetime) -> Decimal | None:
-        """What `ticker` cost last at `bar`, in dollars."""
+    def row(self, ticker: str, bar: datetime) -> Bar | None:
+        """The last row of `ticker` at `bar` or before."""
         bars = self.series.get(ticker, [])
         past = bisect_right(bars, bar, key=itemgetter(0))
-        return bars[past - 1].close if past else None
+        return bars[past - 1] if past else None
+
+    def price(self, ticker: str, bar: datetime) -> Decimal | None:
+        """What `ticker` cost last at `bar`, in dollars."""
+        row = self.row(ticker, bar)
+        return row and row.close
 
     def health(self) -> dict:
         return {self.name: {"tickers": len(self.series), "bars": len(self.bars)}}
