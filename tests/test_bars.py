@@ -519,6 +519,12 @@ def test_so_far_back_is_asked_that_a_hundred_bars_of_a_share_are_found(bot, mark
     assert int(asked["period2"][0]) - int(asked["period1"][0]) >= days * 86_400
 
 
+def test_the_last_bar_before_a_day_long_ago_is_found(bot, market):
+    days = [datetime(2010, 3, day, 14, 30, tzinfo=UTC) for day in (4, 5)]
+    ticker = known(market, "1d", *((day, *ROW) for day in days))
+    assert times(bars_of(bot, ticker, end="2010-03-06T00:00:00Z", limit=1)) == ["2010-03-05"]
+
+
 def test_a_ticker_without_any_row_has_no_bars(bot, market):
     assert bars_of(bot, known(market)) == []
 
@@ -600,9 +606,9 @@ def test_the_bars_that_a_process_holds_have_an_end(monkeypatch):
     yahoo = pricing.Yahoo("")
     begin = datetime(2024, 3, 8, tzinfo=UTC)
     days = [Bar(begin + timedelta(days=n), *decimals(1, 1, 1, 1, 0)) for n in range(10)]
-    monkeypatch.setattr(yahoo, "bars", lambda ticker, *_: [] if ticker == "EMPTY" else days)
+    monkeypatch.setattr(yahoo, "bars", lambda ticker, *_: [] if ticker.startswith("EMPTY") else days)
     monkeypatch.setattr(pricing, "BARS_HELD", 35)
     market = pricing.LiveMarket(SimpleNamespace(), [yahoo], 180, 7)
-    for ticker in ("EMPTY", "A", "B", "C", "D"):
+    for ticker in ("A", "B", "C", "EMPTY1", "EMPTY2", "EMPTY3"):
         market.past_bars(ticker, BarOptions())
-    assert [ticker for ticker, *_ in market.held_bars] == ["B", "C", "D"]
+    assert [ticker for ticker, *_ in market.held_bars] == ["B", "C", "EMPTY1", "EMPTY2", "EMPTY3"]
