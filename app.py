@@ -54,6 +54,8 @@ from messages import (
     REHEARSED,
     Advance,
     BalanceAnswer,
+    BarOptions,
+    BarsAnswer,
     ChangedOrder,
     Clock,
     ClosedAccount,
@@ -690,6 +692,20 @@ def price(ticker: str) -> QuoteAnswer:
     if isinstance(quote, Refused):
         raise quote
     return quote.to_dict()
+
+
+@app.get("/api/v1/bars/<path:ticker>")
+@takes(query=BarOptions, path=PathTicker)
+@refuses("unknown_ticker", "price_unavailable")
+def bars(asked: BarOptions, ticker: str) -> BarsAnswer:
+    """What one share or coin cost in the past: the last bars of those asked for, oldest first.
+
+    A bar has the time at which it begins, in UTC: a day at midnight, a week on Monday. Where `start` is not
+    before `end` there is none. On the sample market there is none after your account's clock, whatever you
+    pinned.
+    """
+    found = market.past_bars(ticker, asked, g.account)
+    return {"ticker": ticker, "timeframe": asked.timeframe, "bars": [bar._asdict() for bar in found]}
 
 
 @app.get("/api/v1/portfolio")

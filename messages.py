@@ -14,7 +14,7 @@ Nothing here touches the ledger or asks for a price.
 import json
 import re
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import ROUND_FLOOR, ROUND_HALF_EVEN, Decimal, DefaultContext, setcontext
 from functools import wraps
 from typing import Annotated, Literal, NotRequired
@@ -51,6 +51,16 @@ ACCOUNT_LIMIT = Decimal(90_000_000_000)
 
 SQLite keeps amounts as integers of 10^-8, and 9.22e18 is the largest integer that it has.
 """
+
+TIMEFRAMES = {
+    "1m": timedelta(minutes=1),
+    "5m": timedelta(minutes=5),
+    "15m": timedelta(minutes=15),
+    "1h": timedelta(hours=1),
+    "1d": timedelta(days=1),
+    "1w": timedelta(weeks=1),
+}
+"""How long a bar can be, by its name."""
 
 DefaultContext.prec = 60
 setcontext(DefaultContext)
@@ -263,6 +273,8 @@ Cash = Annotated[Decimal, BeforeValidator(checked_cash), number_below(ACCOUNT_LI
 Email = Annotated[str, AfterValidator(checked_email), text_like(EMAIL, maxLength=254)]
 ApiKey = Annotated[str, AfterValidator(checked_key), text_like(API_KEY)]
 RequestedTime = Annotated[datetime, BeforeValidator(moment_from)]
+Timeframe = Literal[*TIMEFRAMES]
+TimeframeWord = Annotated[Timeframe, BeforeValidator(in_lower_case)]
 
 # ---------------------------------------------------------------------------------------- Requests
 
@@ -430,6 +442,15 @@ class PathTicker(NoOptions):
     ticker: Ticker
 
 
+class BarOptions(NoOptions):
+    """Which past prices to show."""
+
+    timeframe: TimeframeWord = means("How long a bar is, in any case", default="1d")
+    start: RequestedTime = Field(None, description="The earliest beginning of a bar to show, inclusive")
+    end: RequestedTime = Field(None, description="The time before which bars to show begin, exclusive")
+    limit: whole_number(1, 10_000) = Field(100, description="So many at the most: the last ones")
+
+
 class Listed(NoOptions):
     tickers: Tickers = Field(description="1 to 100 tickers, with commas between them")
 
@@ -565,6 +586,21 @@ class RulesAnswer(TypedDict):
     starting_cash: Dollars
     price_sources: list[Source]
     price_cache_seconds: Annotated[int, means("How long a quote holds")]
+
+
+class BarAnswer(TypedDict):
+    timestamp: Annotated[Time, means("Where the bar begins; weeks on a Monday")]
+    open: Annotated[Price, means("The first price, in the currency that the ticker is quoted in")]
+    high: Annotated[Price, means("The highest price")]
+    low: Annotated[Price, means("The lowest price")]
+    close: Annotated[Price, means("The last price so far")]
+    volume: Annotated[Shares, means("Shares or coins that changed hands; 0 where nobody counted")]
+
+
+class BarsAnswer(TypedDict):
+    ticker: Symbol
+    timeframe: Timeframe
+    bars: Annotated[list[BarAnswer], means("Oldest first; the last one may not be over")]
 
 
 class MarketAnswer(TypedDict):

@@ -100,6 +100,9 @@ def test_every_route_answers_as_described(description, alice, server):
         "price/!",
         "price/A%2FB",
         "prices?tickers=IBM,NOPE",
+        "bars/IBM?timeframe=1w&limit=2",
+        "bars/IBM?timeframe=1m",
+        "bars/NOPE",
         "prices",
         "account/history",
         "rules",
@@ -172,11 +175,11 @@ expected-statuses = [200, 201, 401, 403, 404, 409, 422]
 
 # Well formed, and refused for what it means: a page that is not one's own, a time that is not recorded, an
 # order without a size or with a price that its type has not, tickers of which one is too long or a hundred
-# too many.
+# too many, bars finer than recorded.
 [[operations]]
 include-name = [
   "GET /api/v1/trades", "GET /api/v1/prices", "PUT /api/v1/market/clock", "POST /api/v1/trade",
-  "POST /api/v1/orders", "PATCH /api/v1/orders/{id}",
+  "GET /api/v1/bars/{ticker}", "POST /api/v1/orders", "PATCH /api/v1/orders/{id}",
 ]
 [operations.checks.positive_data_acceptance]
 expected-statuses = [200, 201, 400, 401, 403, 404, 409, 422]
