@@ -7,7 +7,8 @@
     Commands          what `flask user` and `python app.py` do
 
 What an account may do with its money is in `models.py`, where prices come from in `pricing.py`, what comes in
-and goes out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`.
+and goes out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`. Programs
+that were written for Alpaca find its routes in `alpaca.py`, in front of the same books.
 """
 
 import csv
@@ -45,6 +46,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.routing import IntegerConverter
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+import alpaca
 import openapi
 import public
 from database import OutcomeUnknown, db, snapshot, transaction, use_database
@@ -187,6 +189,7 @@ class Gate:
 
     def __call__(self, environ: dict, start_response):
         started, answered = time.perf_counter(), "500"
+        environ["PATH_INFO"] = alpaca.tidied(environ["PATH_INFO"])
         sent = environ.get("HTTP_X_REQUEST_ID")
         is_safe_to_log = sent and re.fullmatch("[A-Za-z0-9._:/+=@-]{1,128}", sent)
         own_id = sent if is_safe_to_log else token_hex(16)
@@ -197,7 +200,7 @@ class Gate:
             nonlocal answered
             answered = status[:3]
             headers = [*headers, *public.CAREFUL, *environ.get("broker.limit", ()), ("X-Request-Id", own_id)]
-            if environ["PATH_INFO"].startswith("/api/"):
+            if environ["PATH_INFO"].startswith(("/api/", alpaca.PREFIX)):
                 headers.append(public.NOT_TO_KEEP)
             if all(name != "Content-Security-Policy" for name, _ in headers):  # A page brings its own.
                 headers.append(public.NO_SOURCES)
@@ -253,11 +256,11 @@ class Simulator(Flask):
     def dispatch_request(self):
         """Answer the request, from the top again after a lost race or a lost connection.
 
-        Every route writes to accounts in one transaction at the most, and does nothing after it that can
-        fail, so to repeat it whole is safe; a trade looks its idempotency key up first, under the lock, and
-        so finds out what became of a COMMIT whose answer was lost. A client does not wait for ever: six
-        tries, the second at once, and no further one after three seconds, except for a trade that had to wait
-        for its lock so long that its price ran out.
+        Every route writes to accounts in one transaction at the most, or in several that have a key each, and
+        does nothing after it that can fail, so to repeat it whole is safe; a trade looks its idempotency key
+        up first, under the lock, and so finds out what became of a COMMIT whose answer was lost. A client
+        does not wait for ever: six tries, the second at once, and no further one after three seconds, except
+        for a trade that had to wait for its lock so long that its price ran out.
         """
         unknown = None
         deadline = time.monotonic() + self.SECONDS
@@ -279,7 +282,8 @@ class Simulator(Flask):
                 time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
 
 
-REPEATABLE = "trade", "place_order", "replace_order"
+REPEATABLE = ("trade", "place_order", "replace_order", "alpaca.place_order", "alpaca.replace_order")
+REPEATABLE += ("alpaca.close_position", "alpaca.close_positions")
 """They look up first whether their key has been used."""
 
 
@@ -388,11 +392,14 @@ def problem(code: str, detail: str, **members) -> Response:
         "code": code,
         **members,
     }
+    kind = "application/problem+json"
+    if request.path.startswith(alpaca.PREFIX):
+        (document, status), kind = alpaca.error(code, status, detail, members), "application/json"
     response = app.json.response(document)
-    response.status_code, response.content_type = status, "application/problem+json"
+    response.status_code, response.content_type = status, kind
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
-    if status in (429, 503):
+    if status in (429, 503, 504):
         response.headers["Retry-After"] = str(members.get("retry_after", 1))  # Seconds.
     return response
 
@@ -440,11 +447,17 @@ def quote_expired(error: QuoteExpired) -> Response:
 
 def admit() -> None:
     """Let the request in: find out whose key it carries and which account that is, and count it."""
-    if not request.path.startswith("/api/"):
+    is_alpacas = request.path.startswith(alpaca.PREFIX)
+    if not is_alpacas and not request.path.startswith("/api/"):
         return
     claim_database()
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     key = key.strip() if scheme.lower() == "bearer" else ""
+    if is_alpacas:
+        key = key or alpaca.sent_key()
+        if not key and market.is_sample and alpaca.needs_no_key():
+            g.account = alpaca.anybody()
+            return counter.count(f"address {public.client_address()}", settings.RATE_LIMIT)
     g.key_hash = User.hash(key)
     is_admin = ADMIN_KEY_HASH and hmac.compare_digest(g.key_hash, ADMIN_KEY_HASH)
     account = Account.with_key(g.key_hash) if key and not is_admin else None
@@ -749,7 +762,8 @@ def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
     with transaction(g.user_id, keep=not options.dry_run):
         account = locked(g.user_id, g.key_hash, order.ticker, order_key)
         if earlier := earlier_under_key(account):  # Its first answer needs no price.
-            return replay(earlier, earlier.is_for(order), options.dry_run)
+            answer, headers = replay(earlier, earlier.is_for(order), type(earlier).to_dict)
+            return answer | (REHEARSED if options.dry_run else {}), headers
         quote = quote_for(account, order.ticker, quote)
         booked = account.fill(order, quote, account.holding(order.ticker), COSTS)
         if options.dry_run:
@@ -783,7 +797,7 @@ def quote_for(account: Account, ticker: str, quote: Quote | Refused) -> Quote | 
     return quote
 
 
-def replay(earlier: Trade | PlacedOrder, is_same: bool, dry_run: bool = False) -> tuple[dict, dict]:
+def replay(earlier: Trade | PlacedOrder, is_same: bool, tell: Callable) -> tuple[dict, dict]:
     """The first answer once more, for a key that has been used; refused if for another order."""
     if not is_same:
         what = "trade" if isinstance(earlier, Trade) else "order"
@@ -794,8 +808,8 @@ def replay(earlier: Trade | PlacedOrder, is_same: bool, dry_run: bool = False) -
         )
     if "tried" in g and g.tried.created_at == earlier.created_at:
         request.environ["broker.booked"] = f" {earlier}"
-        return earlier.to_dict(), {}  # By us, a moment ago: the answer to our COMMIT was lost.
-    return earlier.to_dict() | (REHEARSED if dry_run else {}), {"Idempotent-Replayed": "true"}
+        return tell(earlier), {}  # By us, a moment ago: the answer to our COMMIT was lost.
+    return tell(earlier), {"Idempotent-Replayed": "true"}
 
 
 @app.get("/api/v1/trades")
@@ -885,20 +899,26 @@ def place_order(asked: NewOrder, order_key: str) -> tuple[OrderAnswer, Literal[2
     What it may cost is held back until it is filled or canceled. With an `Idempotency-Key` it is placed
     once, however often it is sent.
     """
+    answer, headers = place(asked, order_key)
+    return answer, 201, headers
+
+
+def place(asked: NewOrder, order_key: str, tell: Callable = PlacedOrder.to_dict) -> tuple[dict, dict]:
+    """Place an order, once under its key; what its face tells of it, and the answer's headers."""
     quote = market.look_up(asked.ticker, g.account)  # Before the lock: no locked row waits for Yahoo.
 
     with transaction(g.user_id):
         account = locked(g.user_id, g.key_hash, asked.ticker, order_key)
         if earlier := earlier_under_key(account):
-            answer, headers = replay(earlier, earlier.is_for(asked))
-            return answer, 201, headers
+            return replay(earlier, earlier.is_for(asked), tell)
         quote = quote_for(account, asked.ticker, quote)
         day = market.day(asked.ticker, market.time(account))
         own = {"idempotency_key": order_key, "asked": fingerprint(asked)}
         g.tried = account.place(asked, quote, COSTS, day, **own)
+        answer = tell(g.tried)  # Read before it is committed: so it is safe to repeat.
 
     request.environ["broker.booked"] = f" {g.tried}"
-    return g.tried.to_dict(), 201
+    return answer, {}
 
 
 @app.patch("/api/v1/orders/<id>")
@@ -914,21 +934,29 @@ def replace_order(changed: ChangedOrder, order_key: str, id: str) -> OrderAnswer
     It has a new id and `replaces` the old one, whose money and shares are free for it. What the old one
     brought moves on with it, and follows its quantity.
     """
+    return replace(id, changed, order_key)
+
+
+def replace(
+    id: str, changed: ChangedOrder, order_key: str, tell: Callable = PlacedOrder.to_dict
+) -> tuple[dict, dict]:
+    """Replace an order, once under the key; what its face tells of the new one, and the answer's headers."""
     ticker = PlacedOrder.of(g.user_id, id).ticker
     quote = market.look_up(ticker, g.account)
 
     with transaction(g.user_id):
         account = locked(g.user_id, g.key_hash, ticker, order_key)
         if earlier := earlier_under_key(account):
-            return replay(earlier, earlier.is_for(changed, id))
+            return replay(earlier, earlier.is_for(changed, id), tell)
         order = open_order(account, id)
         quote = quote_for(account, ticker, quote)
         day = market.day(ticker, market.time(account))
         own = {"idempotency_key": order_key, "asked": fingerprint(changed, id)}
         g.tried = account.replace(order, changed, quote, COSTS, day, **own)
+        answer = tell(g.tried)
 
     request.environ["broker.booked"] = f" {g.tried}"
-    return g.tried.to_dict()
+    return answer, {}
 
 
 def open_order(account: Account, id: str) -> PlacedOrder:
@@ -944,11 +972,17 @@ def open_order(account: Account, id: str) -> PlacedOrder:
 @refuses("not_found", "not_open", "outcome_unknown")
 def cancel_order(id: str) -> OrderAnswer:
     """Cancel an open order, and what hangs on it."""
+    return cancel(id)[0].to_dict()
+
+
+def cancel(id: str | None = None) -> list[PlacedOrder]:
+    """Cancel that open order of the account, or all of them."""
     with transaction(g.user_id):
         account = locked(g.user_id, g.key_hash)
-        order = open_order(account, id)
-        account.cancel(order)
-    return order.to_dict()
+        orders = [open_order(account, id)] if id else [o for o in account.orders if o.is_working]
+        if orders:
+            account.cancel(*orders)
+    return orders
 
 
 @app.delete("/api/v1/orders")
@@ -956,12 +990,7 @@ def cancel_order(id: str) -> OrderAnswer:
 @refuses("outcome_unknown")
 def cancel_orders() -> CanceledAnswer:
     """Cancel all your open orders."""
-    with transaction(g.user_id):
-        account = locked(g.user_id, g.key_hash)
-        orders = [order for order in account.orders if order.is_working]
-        if orders:
-            account.cancel(*orders)
-    return {"canceled": [order.to_dict() for order in orders]}
+    return {"canceled": [order.to_dict() for order in cancel()]}
 
 
 @app.get("/api/v1/orders")
@@ -1110,6 +1139,12 @@ def close_account(user_id: int) -> ClosedAccount:
     """Close an account: its key is refused from now on, its trades stay."""
     User.close(user_id)
     return {"user_id": user_id, "closed": True}
+
+
+# For bots that were written for Alpaca: the same books in its words.
+
+app.extensions["broker"] = alpaca.Broker(market, place, replace, cancel)
+app.register_blueprint(alpaca.face, url_prefix=alpaca.PREFIX)
 
 
 @app.get("/")

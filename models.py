@@ -356,17 +356,19 @@ class Trade(db.Model):
         return db.session.scalar(own.order_by(cls.id.desc()).limit(1))
 
     @classmethod
-    def page(cls, user_id, *, ticker, action, since, until, run, cursor, limit) -> Sequence["Trade"]:
+    def page(
+        cls, user_id, *, ticker, action, since, until, run, cursor, limit, oldest_first=False
+    ) -> Sequence["Trade"]:
         """The newest `limit` trades with an id below `cursor`, of one run, that pass the filters.
 
-        Paging by id neither skips nor repeats while others trade, and the last page costs no more
-        than the first.
+        With `oldest_first` the oldest ones, with an id above it. Paging by id neither skips nor repeats
+        while others trade, and the last page costs no more than the first.
         """
         if run is None:
             run = sa.select(Account.run).filter_by(user_id=user_id).scalar_subquery()
         trades = sa.select(cls).where(cls.user_id == user_id, cls.run == run)
         if cursor:
-            trades = trades.where(cls.id < cursor)
+            trades = trades.where(cls.id > cursor if oldest_first else cls.id < cursor)
         if ticker:
             trades = trades.where(cls.ticker == ticker)
         if action:
@@ -375,7 +377,8 @@ class Trade(db.Model):
             trades = trades.where(cls.created_at >= since)
         if until:
             trades = trades.where(cls.created_at < until)
-        return db.session.scalars(trades.order_by(cls.id.desc()).limit(limit)).all()
+        order = cls.id if oldest_first else cls.id.desc()
+        return db.session.scalars(trades.order_by(order).limit(limit)).all()
 
     def to_dict(self) -> TradeAnswer:
         return {
@@ -473,6 +476,11 @@ class Quote(db.Model):
         """Every quote of `tickers` ever published, the oldest first."""
         quotes = sa.select(cls.ticker, cls.timestamp, cls.price).where(cls.ticker.in_(list(tickers)))
         return db.session.execute(quotes.order_by(cls.number)).all()
+
+    @classmethod
+    def tickers(cls) -> Sequence[str]:
+        """Every ticker that was ever priced."""
+        return db.session.scalars(sa.select(cls.ticker).distinct()).all()
 
     @classmethod
     def after(cls, numbers: dict[str, int]) -> Sequence["Quote"]:

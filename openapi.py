@@ -78,7 +78,7 @@ class Document:
     def __init__(self, app: Flask, version: str, status_of: dict[str, int]):
         self.status_of, self.schemas, self.paths = status_of, {}, defaultdict(dict)
         for rule in app.url_map.iter_rules():
-            if not rule.endpoint.endswith("static"):
+            if not rule.endpoint.endswith("static") and not rule.endpoint.startswith("alpaca."):
                 path = re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule)
                 for method in rule.methods - {"HEAD", "OPTIONS"}:
                     self.paths[path][method.lower()] = self.operation(rule, app.view_functions[rule.endpoint])

@@ -320,17 +320,40 @@ class PlacedOrder(db.Model):
         return order
 
     @classmethod
-    def page(cls, user_id, *, run, status, ticker, cursor, limit) -> Sequence["PlacedOrder"]:
+    def number_under(cls, user_id: int, run: int, key: str) -> int | None:
+        """The number of the order that was placed under `key`."""
+        return db.session.scalar(sa.select(cls.id).filter_by(user_id=user_id, run=run, idempotency_key=key))
+
+    @classmethod
+    def relatives(cls, orders: Iterable["PlacedOrder"]) -> Sequence["PlacedOrder"]:
+        """These orders, what they brought or came with, and what replaced them, in the order of their ids."""
+        groups, ids = {order.group for order in orders}, {order.id for order in orders}
+        related = cls.id.in_(groups) | cls.parent_id.in_(groups) | cls.replaces.in_(ids)
+        return db.session.scalars(sa.select(cls).where(related).order_by(cls.id)).all()
+
+    @classmethod
+    def page(
+        cls, user_id, *, run, status, limit, ticker=None, cursor=None,
+        tickers=(), action=None, since=None, until=None, oldest_first=False,
+    ) -> Sequence["PlacedOrder"]:  # fmt: skip
         """The newest `limit` orders of a run with an id below `cursor` that pass the filters."""
         orders = sa.select(cls).where(cls.user_id == user_id, cls.run == run)
         if status != "all":
             is_working = cls.closed_at.is_(None)
             orders = orders.where(is_working if status == "open" else ~is_working)
-        if ticker:
-            orders = orders.where(cls.ticker == ticker)
+        if ticker or tickers:
+            orders = orders.where(cls.ticker.in_(tickers or [ticker]))
         if cursor:
             orders = orders.where(cls.id < cursor)
-        return db.session.scalars(orders.order_by(cls.id.desc()).limit(limit)).all()
+        if action:
+            orders = orders.where(cls.action == action)
+        if since:
+            orders = orders.where(cls.placed_at > since)
+        if until:
+            orders = orders.where(cls.placed_at < until)
+        return db.session.scalars(
+            orders.order_by(cls.id if oldest_first else cls.id.desc()).limit(limit)
+        ).all()
 
     def to_dict(self) -> OrderAnswer:
         number = {name: getattr(self, name) for name in ("trade_id", "parent_id", "replaces")}
