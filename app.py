@@ -8,7 +8,7 @@
 
 What an account may do with its money is in `models.py`, where prices come from in `pricing.py`, what comes in
 and goes out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`. Programs
-that were written for Alpaca find its routes in `alpaca.py`, in front of the same books.
+that were written for Alpaca find its routes in `alpaca_face.py`, in front of the same books.
 """
 
 import csv
@@ -46,7 +46,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.routing import IntegerConverter
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-import alpaca
+import alpaca_face
 import openapi
 import public
 from database import OutcomeUnknown, db, snapshot, transaction, use_database
@@ -189,7 +189,7 @@ class Gate:
 
     def __call__(self, environ: dict, start_response):
         started, answered = time.perf_counter(), "500"
-        environ["PATH_INFO"] = alpaca.tidied(environ["PATH_INFO"])
+        environ["PATH_INFO"] = alpaca_face.tidied(environ["PATH_INFO"])
         sent = environ.get("HTTP_X_REQUEST_ID")
         is_safe_to_log = sent and re.fullmatch("[A-Za-z0-9._:/+=@-]{1,128}", sent)
         own_id = sent if is_safe_to_log else token_hex(16)
@@ -200,7 +200,7 @@ class Gate:
             nonlocal answered
             answered = status[:3]
             headers = [*headers, *public.CAREFUL, *environ.get("broker.limit", ()), ("X-Request-Id", own_id)]
-            if environ["PATH_INFO"].startswith(("/api/", alpaca.PREFIX)):
+            if environ["PATH_INFO"].startswith(("/api/", alpaca_face.PREFIX)):
                 headers.append(public.NOT_TO_KEEP)
             if all(name != "Content-Security-Policy" for name, _ in headers):  # A page brings its own.
                 headers.append(public.NO_SOURCES)
@@ -393,8 +393,8 @@ def problem(code: str, detail: str, **members) -> Response:
         **members,
     }
     kind = "application/problem+json"
-    if request.path.startswith(alpaca.PREFIX):
-        (document, status), kind = alpaca.error(code, status, detail, members), "application/json"
+    if request.path.startswith(alpaca_face.PREFIX):
+        (document, status), kind = alpaca_face.error(code, status, detail, members), "application/json"
     response = app.json.response(document)
     response.status_code, response.content_type = status, kind
     if status == 401:
@@ -447,16 +447,16 @@ def quote_expired(error: QuoteExpired) -> Response:
 
 def admit() -> None:
     """Let the request in: find out whose key it carries and which account that is, and count it."""
-    is_alpacas = request.path.startswith(alpaca.PREFIX)
+    is_alpacas = request.path.startswith(alpaca_face.PREFIX)
     if not is_alpacas and not request.path.startswith("/api/"):
         return
     claim_database()
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     key = key.strip() if scheme.lower() == "bearer" else ""
     if is_alpacas:
-        key = key or alpaca.sent_key()
-        if not key and market.is_sample and alpaca.needs_no_key():
-            g.account = alpaca.anybody()
+        key = key or alpaca_face.sent_key()
+        if not key and market.is_sample and alpaca_face.needs_no_key():
+            g.account = alpaca_face.anybody()
             return counter.count(f"address {public.client_address()}", settings.RATE_LIMIT)
     g.key_hash = User.hash(key)
     is_admin = ADMIN_KEY_HASH and hmac.compare_digest(g.key_hash, ADMIN_KEY_HASH)
@@ -1143,8 +1143,8 @@ def close_account(user_id: int) -> ClosedAccount:
 
 # For bots that were written for Alpaca: the same books in its words.
 
-app.extensions["broker"] = alpaca.Broker(market, place, replace, cancel)
-app.register_blueprint(alpaca.face, url_prefix=alpaca.PREFIX)
+app.extensions["broker"] = alpaca_face.Broker(market, place, replace, cancel)
+app.register_blueprint(alpaca_face.face, url_prefix=alpaca_face.PREFIX)
 
 
 @app.get("/")
