@@ -6,8 +6,9 @@
     Routes            the API; `trade` is the heart of the program, start reading there
     Commands          what `flask user` and `python app.py` do
 
-What an account may do with its money is in `models.py`, where prices come from in `pricing.py`, what comes in
-and goes out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`.
+What an account may do with its money is in `models.py`, what came of it in `results.py`, where prices come
+from in `pricing.py`, what comes in and goes out in `messages.py`, and what it takes to stand in public
+(limits, headers) in `public.py`.
 """
 
 import csv
@@ -86,10 +87,7 @@ from messages import (
 )
 from models import (
     Account,
-    AuditAnswer,
-    Books,
     Costs,
-    HistoryAnswer,
     Market,
     PortfolioAnswer,
     PricesAnswer,
@@ -116,6 +114,7 @@ from pricing import (
     yahoo_is_reachable,
 )
 from recorded import FIELDS, BadFile, ticker_from
+from results import AuditAnswer, Books, HistoryAnswer
 from settings import read_settings
 
 VERSION = "1.0.0"
