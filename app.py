@@ -61,6 +61,7 @@ from messages import (
     ExactJSON,
     Filters,
     HealthAnswer,
+    HistoryOptions,
     Listed,
     MarketAnswer,
     NewAccount,
@@ -75,7 +76,6 @@ from messages import (
     Reset,
     RulesAnswer,
     RunAnswer,
-    RunOption,
     TradeOptions,
     checked,
     invalid,
@@ -511,7 +511,7 @@ def advance(step: Advance) -> MarketAnswer:
         clock = market.clock(account)
         if clock is None:
             raise Refused("clock_is_running", "Stop the clock first: PUT /api/v1/market/clock.")
-        account.stop_clock(market.bar_after(clock, step.bars))
+        account.advance(market.bar_after(clock, step.bars))
         return market_of(account)  # Read before it is committed: so it is safe to repeat.
 
 
@@ -772,24 +772,32 @@ def reset(start: Reset) -> RunAnswer:
 
 
 @app.get("/api/v1/account/history")
-@takes(query=RunOption)
+@takes(query=HistoryOptions)
 @refuses("not_found")
-def account_history(options: RunOption) -> HistoryAnswer:
-    """How a run went: one point of the equity curve a trade and one for now, and a summary.
+def account_history(options: HistoryOptions) -> HistoryAnswer:
+    """How a run went: its equity curve, and figures that sum all of it up.
 
-    Past holdings are valued at what the market asked then: the recorded bar or the pin of that moment
-    on the sample market, the last quote that this server had published by then on the live one.
+    A curve has a point for each trade, one for each bar that your clock has passed (on the live market: for
+    each day on which this server published a price of what the run trades), and one for now. Past holdings
+    are valued at what the market asked then: the recorded bar or the pin of that moment, or the last quote
+    published by then. What was passed stays, also when you turn the clock back. `resolution` thins the
+    points that are shown and never the figures: `bar` shows all, `day` the last of each of the market's days
+    (UTC), `trade` those of trades and of now.
     """
     books = Books.of(g.user_id)
-    run = options.run or books.account.run
-    if run not in books.runs:
-        raise Refused("not_found", f"Your account has no run {run}.")
-    portfolio = None
-    if run == books.account.run:
-        quotes = market.quotes([holding.ticker for holding in books.holdings], g.account)
-        portfolio = books.account.portfolio(books.holdings, quotes)
-    past_price = market.past(g.user_id, {trade.ticker for trade in books.trades.get(run, [])})
-    return books.history(run, past_price, portfolio, market.time(g.account))
+    account, number = books.account, options.run or books.account.run
+    if number not in books.runs:
+        raise Refused("not_found", f"Your account has no run {number}.")
+    run, portfolio = books.runs[number], None
+    if run is account:
+        quotes = market.quotes([holding.ticker for holding in books.holdings], account)
+        portfolio = account.portfolio(books.holdings, quotes)
+        moment = now()
+        market_time = market.time(account, moment)
+    else:
+        moment, market_time = run.ended_at, run.market_time
+    steps = market.replay(books.past(number), moment, market_time)
+    return books.history(number, steps, portfolio, options.resolution)
 
 
 @app.get("/api/v1/account/audit")

@@ -159,7 +159,9 @@ class User(db.Model):
                 db.session.add(user)
                 db.session.flush()  # Which gives it its id.
                 cash = {"cash_balance": cash, "starting_cash": cash}
-                db.session.add(Account(user_id=user.id, run=1, updated_at=now(), pin_changes=0, **cash))
+                account = Account(user_id=user.id, run=1, updated_at=now(), pin_changes=0, **cash)
+                db.session.add(account)
+                Stretch.begin(account)
         except IntegrityError as taken:
             raise Refused("already_exists", f"The email {email} or its API key is already in use.") from taken
         return user.id, api_key
@@ -496,10 +498,12 @@ class Quote(db.Model):
         return quote
 
     @classmethod
-    def past(cls, tickers: Iterable[str]) -> Sequence[sa.Row]:
-        """Every quote of `tickers` ever published, the oldest first."""
-        quotes = sa.select(cls.ticker, cls.timestamp, cls.price).where(cls.ticker.in_(list(tickers)))
-        return db.session.execute(quotes.order_by(cls.number)).all()
+    def published(cls, tickers: Iterable[str], since: datetime, until: datetime) -> Sequence[sa.Row]:
+        """The quotes of `tickers` from `since` to `until`, the oldest first."""
+        quotes = sa.select(cls.ticker, cls.timestamp, cls.price).where(
+            cls.ticker.in_(tickers), cls.timestamp >= since, cls.timestamp <= until
+        )
+        return db.session.execute(quotes.order_by(cls.timestamp, cls.number)).all()
 
     def once_more(self, refusal: str, valid_until: datetime) -> "Quote":
         """The same price for a while longer, at which nothing is bought."""
@@ -594,9 +598,59 @@ class Pin(db.Model):
         return {pin.ticker: pin.price for pin in db.session.scalars(pins)}
 
     @classmethod
-    def of(cls, user_id: int) -> Sequence["Pin"]:
+    def of(cls, user_id: int) -> Sequence[sa.Row]:
         """Every pin that the user has set or let go, the oldest first."""
-        return db.session.scalars(sa.select(cls).filter_by(user_id=user_id).order_by(cls.id)).all()
+        return db.session.execute(sa.select(cls.__table__).filter_by(user_id=user_id).order_by(cls.id)).all()
+
+
+class Stretch(db.Model):
+    """Recorded time that the clock of an account's sample market has passed, with the pins of one moment.
+
+    A clock that an account moves on by itself has passed every bar from `first_bar` to `last_bar`. Both are
+    NULL where it ran: from `begun_at` until the next stretch begins, or the run ends, by one bar a minute.
+    A new stretch begins with the run, and whenever the clock jumps, is let run, or a pin changes; to
+    advance makes the last one longer, so that a back-test of 10,000 bars is a row. What is written stays:
+    a fall that was seen is not forgotten when the clock is turned back. On live prices nobody reads it.
+    """
+
+    __tablename__ = "ibkr_stretches"
+    __table_args__ = (
+        Index(None, "user_id", "run", "id"),
+        CheckConstraint("(first_bar IS NULL) = (last_bar IS NULL)", name="both_or_none"),
+        CheckConstraint("first_bar <= last_bar", name="in_order"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[Id]
+    user_id: Mapped[UserId]
+    run: Mapped[int]
+    first_bar: Mapped[Moment | None]
+    last_bar: Mapped[Moment | None]
+    begun_at: Mapped[Moment]
+
+    @classmethod
+    def begin(cls, account: "Account") -> None:
+        """Begin a stretch where the account's clock and pins are now."""
+        here = account.market_clock
+        own = {"user_id": account.user_id, "run": account.run}
+        db.session.add(cls(**own, first_bar=here, last_bar=here, begun_at=now()))
+
+    @classmethod
+    def extend(cls, account: "Account") -> None:
+        """Have the last stretch reach to where the account's clock is now.
+
+        Where that cannot be, as the recorded file was changed for one of another time, a new one begins.
+        """
+        table, here = cls.__table__, account.market_clock
+        last = sa.select(sa.func.max(cls.id)).filter_by(user_id=account.user_id, run=account.run)
+        can_reach = (table.c.id == last.scalar_subquery()) & (table.c.first_bar <= here)
+        if not db.session.execute(sa.update(table).where(can_reach).values(last_bar=here)).rowcount:
+            cls.begin(account)
+
+    @classmethod
+    def of(cls, user_id: int) -> Sequence[sa.Row]:
+        """All that the user's clock has passed, the oldest first."""
+        return db.session.execute(sa.select(cls.__table__).filter_by(user_id=user_id).order_by(cls.id)).all()
 
 
 @dataclass(frozen=True)
@@ -908,17 +962,26 @@ class Account(db.Model):
         self.will_change()
         self.run += 1
         self.cash_balance = self.starting_cash = cash
+        Stretch.begin(self)
 
     def stop_clock(self, bar: datetime | None) -> None:
         """Stop the clock of this account's sample market at `bar`, or let it run again."""
         self.will_change()
         self.market_clock = bar
+        Stretch.begin(self)
+
+    def advance(self, bar: datetime) -> None:
+        """Move this account's stopped clock on to `bar`, past all that are between."""
+        self.will_change()
+        self.market_clock = bar
+        Stretch.extend(self)
 
     def pin(self, ticker: str, price: Decimal | None) -> None:
         """Fix `ticker` at `price` dollars on this account's sample market, or let it go."""
         db.session.add(Pin(user_id=self.user_id, ticker=ticker, price=price, created_at=now()))
         self.will_change()
         self.pin_changes += 1
+        Stretch.begin(self)
 
     @property
     def pins(self) -> dict[str, Decimal]:

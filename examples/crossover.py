@@ -91,7 +91,7 @@ def report(broker: Broker) -> None:
     except ImportError:
         return
     pyplot.plot([float(point["equity"]) for point in history["points"]])
-    pyplot.title("Equity in dollars, trade by trade")
+    pyplot.title("Equity in dollars, day by day")
     pyplot.savefig("equity.png")
     print("The equity curve is in equity.png.")
 
