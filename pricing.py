@@ -801,7 +801,8 @@ class SampleMarket:
         """The trades of a run, and each bar that the account's clock has passed, in order.
 
         All is valued at the bar's close, or at what was pinned then. Trades of a time of which no stretch
-        tells, as in older databases, stand alone.
+        tells, as in older databases, stand alone. Of a clock that runs round and round while nobody trades,
+        two rounds count: more would repeat them, with the same falls, for as long as an account is left.
         """
         closes = {ticker: self.closes(ticker) for ticker in {trade.ticker for trade in past.trades}}
         waiting, pins, pinned = deque(past.trades), deque(past.pins), {}
@@ -825,11 +826,14 @@ class SampleMarket:
             if stretch.first_bar is None and len(waiting) == len(past.trades):  # There is nothing at stake.
                 first = self.place(waiting[0], stretch) if waiting else passed.stop
                 passed = range(max(passed.start, first), passed.stop)
+            quiet = 0
             for place in passed:
                 bar, due = place % len(self.bars), []
                 while waiting and waiting[0].created_at <= until and self.place(waiting[0], stretch) <= place:
                     due.append(waiting.popleft())
-                yield from at_the_bar(Step(self.bars[bar], prices_at(bar, stretch.begun_at)), due)
+                quiet = 0 if due else quiet + 1
+                if quiet <= 2 * len(self.bars):
+                    yield from at_the_bar(Step(self.bars[bar], prices_at(bar, stretch.begun_at)), due)
         yield from stand_alone(end)
         yield Step(market_time, prices_at(self.number_at(market_time), end))
 

@@ -78,8 +78,8 @@ class Summary(TypedDict):
     sortino_ratio: Annotated[
         Ratio | None, means("The same, divided by the root of the mean square of the negative ones")
     ]
-    max_drawdown_percent: Annotated[Percent, means("The deepest fall of equity from a peak, in percent")]
     exposure_percent: Annotated[Percent | None, means("Days that ended with a holding, in percent")]
+    max_drawdown_percent: Annotated[Percent, means("The deepest fall of equity from a peak, in percent")]
     trades: int
     realized_pnl: Dollars
     winning_sales: Annotated[int, means("Sales that brought a profit")]
@@ -356,6 +356,7 @@ class Books:
                 "starting_cash": start,
                 "equity": end.equity,
                 "total_return_percent": None if end.equity is None else percent(end.equity - start, start),
+                **daily_figures(start, last_of_days(known)),
                 "max_drawdown_percent": percent(max_drawdown(start, [mark.equity for mark in known]), ONE),
                 "trades": len(trades),
                 "realized_pnl": sum(sales, ZERO),
@@ -366,6 +367,5 @@ class Books:
                 "profit_factor": rounded(sum(profits) / lost) if lost else None,
                 "commission": commission,
                 "fees_percent": percent(commission, start),
-                **daily_figures(start, last_of_days(known)),
             },
         }

@@ -408,6 +408,18 @@ def test_a_clock_that_runs_passes_a_bar_a_minute_and_begins_again(market):
     assert [is_trade for *_, is_trade in curve].index(True) == 1
 
 
+def test_a_clock_that_is_left_running_for_weeks_counts_two_rounds(market):
+    """The fall from 110, the last bar, to 80, the second, is seen in the second round alone."""
+    begun = next(minute for minute in range(5) if market.bar_shown(at(minute)) == market.bars[0])
+    bought = trade("buy", 1, 100, begun + 0.5, market.bars[0], 0)
+    curve = replayed(market, [bought], [stretch(begun)], begun + 50_000, market.bars[0])
+    equities = [equity for _, equity, _ in curve]
+    assert equities == [100, 100, *([80, 100, 90, 110, 100] * 2), 100]
+    sold = trade("sell", 1, 90, begun + 50_003.5, market.bars[3], 90)
+    curve = replayed(market, [bought, sold], [stretch(begun)], begun + 50_004, market.bars[4])
+    assert [equity for _, equity, _ in curve] == [*equities[:-1], 90, 90, 90, 90]
+
+
 def test_a_fill_that_is_settled_later_stands_at_its_bar(market):
     """Booked two minutes after the bar at which an order was filled, at another price than its close."""
     begun = next(minute for minute in range(5) if market.bar_shown(at(minute)) == market.bars[0])
