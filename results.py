@@ -229,9 +229,8 @@ def daily_figures(start: Decimal, days: list[Mark]) -> dict[str, Decimal | None]
             annual = percent_if_sane(growth - 1)
     if count >= 2 and all(equities[:-1]):
         returns = [today / yesterday - 1 for yesterday, today in pairwise(equities)]
-        mean, deviation = sum(returns) / count, ZERO
-        if min(returns) < max(returns):  # Else nothing but what was rounded away would be left.
-            deviation = (sum((one - mean) * (one - mean) for one in returns) / (count - 1)).sqrt()
+        mean = sum(returns) / count
+        deviation = (sum((one - mean) * (one - mean) for one in returns) / (count - 1)).sqrt()
         downside = (sum(one * one for one in returns if one < 0) / Decimal(count)).sqrt()
         volatility = percent_if_sane(deviation * A_YEAR)
         sharpe, sortino = ratio(mean * A_YEAR, deviation), ratio(mean * A_YEAR, downside)

@@ -32,7 +32,7 @@ PRICES = """timestamp,ABC,FALL,RARE
 2020-01-01,100,100,10
 2020-01-02,80,51,
 2020-01-03,100,100,20
-2020-01-04T00:00,90,100,20
+2020-01-04T00:00,90,100,
 2020-01-04T18:00,110,100,20
 """
 
@@ -116,8 +116,15 @@ def test_a_resolution_that_there_is_not_is_refused(alice):
 
 def test_a_ticker_without_a_row_at_a_bar_keeps_its_price(alice):
     alice.buys(10, "RARE")
-    advance(alice, 2)
-    assert [point["market_value"] for point in history(alice)["points"]] == [100, 100, 200]
+    advance(alice, 4)
+    assert [point["market_value"] for point in history(alice, "bar")["points"]] == [
+        0,
+        100,
+        100,
+        200,
+        200,
+        200,
+    ]
 
 
 def test_a_ticker_counts_with_its_pin_while_that_stands(alice):
@@ -316,7 +323,9 @@ def test_what_has_fewer_than_two_days_or_nothing_below_the_line_is_null(server):
     assert summary["exposure_percent"] == 0
     still = daily_figures(Decimal(7), days(7, 7, 7))
     assert [still[name] for name in DAILY[:4]] == [0, 0, None, None]
-    assert daily_figures(Decimal(9), days(12, 16))["sharpe_ratio"] is None  # 4/3 twice: no deviation.
+    assert daily_figures(Decimal(9), days(12, 16))["sharpe_ratio"] is None  # A third twice: no deviation.
+    thirds = daily_figures(Decimal(3**9), days(*(3**9 * Decimal(4**n) / 3**n for n in range(1, 10))))
+    assert (thirds["sharpe_ratio"], thirds["annual_volatility_percent"]) == (None, 0)
 
 
 def test_figures_beyond_all_sense_are_null_and_no_fault(server):
