@@ -82,7 +82,7 @@ def report(broker: Broker) -> None:
     """Print how it went, and draw the equity curve where matplotlib is installed."""
     history = broker.call("GET", "/account/history")
     for name, value in history["summary"].items():
-        print(f"{name:22} {value}")
+        print(f"{name:25} {value}")
     try:
         import matplotlib
 
