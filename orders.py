@@ -67,7 +67,7 @@ class Passed(NamedTuple):
     only_for_sales: bool = False
 
 
-Step = tuple[datetime, dict[str, Passed]]
+Tick = tuple[datetime, dict[str, Passed]]
 """A moment of the market, and what each ticker cost that had a price in it."""
 
 
@@ -353,16 +353,16 @@ DayOf = Callable[[str, datetime], date]
 
 
 def settle(
-    orders: list[PlacedOrder], steps: Iterable[Step], day_of: DayOf
+    orders: list[PlacedOrder], ticks: Iterable[Tick], day_of: DayOf
 ) -> Iterator[tuple[PlacedOrder, Passed, Decimal]]:
-    """Show `steps` to the working `orders` of an account, and yield each that is due and can be filled.
+    """Show `ticks` to the working `orders` of an account, and yield each that is due and can be filled.
 
     With it comes the price that makes it due, in dollars. Whoever takes it closes it at once, filled or
     canceled. Steps come in the order of time, and within one orders are judged in the order of their ids;
     one that goes live, or has been jumped over, is judged from the next step on.
     """
     calm = None
-    for moment, prices in steps:
+    for moment, prices in ticks:
         if calm is None:
             calm = calm_prices(orders)
             days = [order for order in orders if order.time_in_force == "day" and order.is_working]

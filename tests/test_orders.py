@@ -278,6 +278,34 @@ def test_a_replacement_may_use_what_the_old_order_held_back(carol):
     assert carol.replaces(new, limit_price=101, quantity=2)["price"] == 100
 
 
+@pytest.mark.parametrize("legs", [{"take_profit": {"limit_price": 110}}, {"stop_loss": {"stop_price": 80}}])
+def test_an_exit_that_stands_alone_can_be_replaced_while_it_is_held(carol, legs):
+    entry = carol.places("buy", 1, "XYZ", "limit", limit_price=98, **legs)
+    leg = carol.get("/api/v1/orders")["orders"][0]
+    price = "limit_price" if "take_profit" in legs else "stop_price"
+    new = carol.replaces(leg, **{price: 101})
+    assert (new["status"], new["parent_id"], new[price]) == ("held", entry["id"], 101)
+
+
+def test_two_exits_cannot_be_put_upside_down(carol):
+    carol.places(
+        "buy",
+        1,
+        "XYZ",
+        "limit",
+        limit_price=98,
+        take_profit={"limit_price": 110},
+        stop_loss={"stop_price": 85},
+    )
+    loss, gain, _ = carol.get("/api/v1/orders")["orders"]
+    before = carol.books
+    assert carol.replaces(loss, stop_price=110)["code"] == "invalid_request"
+    assert carol.replaces(gain, limit_price=85)["code"] == "invalid_request"
+    assert carol.replaces(gain, quantity=2)["code"] == "invalid_request"
+    assert carol.books == before
+    assert carol.replaces(gain, limit_price=86)["status"] == "held"
+
+
 def test_a_key_places_one_order_and_is_good_for_no_other(carol):
     first = carol.places("buy", 1, "XYZ", "limit", key="mine", limit_price=90)
     assert carol.places("buy", "1.0", "xyz", "LIMIT", key="mine", limit_price="90.00") == first
