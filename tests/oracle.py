@@ -33,7 +33,8 @@ def nearest(amount):
     return Fraction(round(amount * SCALE), SCALE)
 
 
-def exact(amount):
+def fixed(amount):
+    """The fraction as a decimal number."""
     return None if amount is None else Decimal(amount.numerator * SCALE // amount.denominator).scaleb(-8)
 
 
@@ -352,8 +353,10 @@ class Broker:
 
     def do_replace(self, back, body):
         old = self.named(back)
-        if old not in self.live() or old["kind"] == "trailing_stop":
+        if old not in self.live():
             raise No("not_open")
+        if old["kind"] == "trailing_stop":
+            raise No("not_replaceable")
         is_leg = old["parent"] is not None
         fields = {"quantity": "quantity", "limit_price": "limit", "stop_price": "stop"}
         changes = {fields[name]: number(text) for name, text in body.items()}
@@ -483,14 +486,14 @@ class Broker:
         held = {ticker: self.holding(ticker) for ticker in sorted({f["ticker"] for f in now})}
         amounts = ("quantity", "price", "market", "commission", "total", "cash")
         return {
-            "cash": exact(self.cash()),
-            "reserved": exact(self.reserved_cash()),
+            "cash": fixed(self.cash()),
+            "reserved": fixed(self.reserved_cash()),
             "holdings": {
-                ticker: (exact(quantity), exact(cost), exact(self.available(ticker)))
+                ticker: (fixed(quantity), fixed(cost), fixed(self.available(ticker)))
                 for ticker, (quantity, cost) in held.items()
                 if quantity
             },
-            "fills": [f | {name: exact(f[name]) for name in amounts} for f in self.fills],
+            "fills": [f | {name: fixed(f[name]) for name in amounts} for f in self.fills],
             "orders": [
                 {
                     "number": o["number"],
@@ -499,11 +502,11 @@ class Broker:
                     "action": o["side"],
                     "order_type": o["kind"],
                     "status": o["status"],
-                    "quantity": exact(o["quantity"]),
-                    "limit_price": exact(o["limit"]),
-                    "stop_price": exact(o["stop"]),
-                    "reserved_cash": exact(self.reserved(o)),
-                    "price": exact(o["price"]),
+                    "quantity": fixed(o["quantity"]),
+                    "limit_price": fixed(o["limit"]),
+                    "stop_price": fixed(o["stop"]),
+                    "reserved_cash": fixed(self.reserved(o)),
+                    "price": fixed(o["price"]),
                     "parent": o["parent"],
                     "replaces": o["replaces"],
                 }

@@ -16,12 +16,14 @@ from itertools import zip_longest
 
 import pytest
 from cast import Server, exact, loaded
-from oracle import Broker, No
+from oracle import Broker, No, fixed
 from sqlalchemy import event
 
 CASH = "8000"
 FREE, DEAR = ("0", "0", "0"), ("7.5", "1.25", "12.5")
 TICKERS = {"AAPL": (100, 2), "BTC-USD": (27_000, 8), "PENNY": (Decimal("0.07"), 6), "LATE": (40, 4)}
+
+LATE = 15  # Bars before its first: a ticker that vanishes once it was traded is another story.
 
 
 def recorded_market(seed=5, bars=220) -> dict:
@@ -34,7 +36,7 @@ def recorded_market(seed=5, bars=220) -> dict:
     tape = {}
     for ticker, (price, digits) in TICKERS.items():
         rows, close = {}, float(price)
-        for time in times[15 if ticker == "LATE" else 0 :]:
+        for time in times[LATE if ticker == "LATE" else 0 :]:
             walk = [close := close * chance.lognormvariate(0, 0.02) for _ in range(4)]
             if chance.random() < 0.85:
                 o, c = walk[0], walk[-1]
@@ -85,9 +87,18 @@ def written(amount, digits=8) -> str:
     return f"{round(float(amount), digits):.{digits}f}"
 
 
-def near(chance, price, low=0.93, high=1.07) -> str:
-    """A price in the neighbourhood, of whole digits now and then, so that some meet bars exactly."""
+def near(chance, price, low, high, exactly=()) -> str:
+    """A price in the neighbourhood, or now and then one of those that would be met `exactly`."""
+    if exactly and chance.random() < 0.2:
+        return chance.choice(exactly)
     return written(float(price) * chance.uniform(low, high), chance.choice([2, 4, 8]) if price > 1 else 8)
+
+
+def coming(broker, ticker) -> list[str]:
+    """What the ticker will cost in the next few bars."""
+    here = broker.times.index(broker.clock)
+    rows = [TAPE[ticker].get(time, ()) for time in broker.times[here : here + 6]]
+    return [price for row in rows for price in row]
 
 
 def some_market(chance, broker):
@@ -116,9 +127,9 @@ def order(chance, broker):
     if chance.random() < 0.15:
         ahead, behind = behind, ahead  # Which is due at once.
     if kind == "limit":
-        body["limit_price"] = near(chance, price, *behind)
+        body["limit_price"] = near(chance, price, *behind, coming(broker, ticker))
     if kind in ("stop", "stop_limit"):
-        body["stop_price"] = near(chance, price, *ahead)
+        body["stop_price"] = near(chance, price, *ahead, coming(broker, ticker))
     if kind == "stop_limit":
         body["limit_price"] = near(chance, Fraction(body["stop_price"]), 0.98, 1.02)
     if kind == "trailing_stop" and chance.random() < 0.5:
@@ -200,17 +211,23 @@ def advance(chance, broker):
 
 def jump(chance, broker):
     here = broker.times.index(broker.clock)
-    there = here + chance.choice([-20, -5, -1, 1, 2, 10])
-    return ("clock", broker.times[there]) if 0 <= there < len(broker.times) else None
+    there = here + chance.choice([-20, -5, -1, 0, 1, 2, 10])
+    return ("clock", broker.times[there]) if LATE <= there < len(broker.times) else None
 
 
 def pin(chance, broker):
     ticker, price = some_market(chance, broker)
-    return "pin", ticker, near(chance, price or 40, 0.92, 1.08)
+    waiting = [
+        str(fixed(o[name]))
+        for o in broker.live()
+        for name in ("limit", "stop")
+        if o["ticker"] == ticker and o[name]
+    ]
+    return "pin", ticker, near(chance, price or 40, 0.92, 1.08, waiting)
 
 
 def let_go(chance, broker):
-    return ("let go", chance.choice(list(broker.pins))) if broker.pins else None
+    return "let go", chance.choice(list(broker.pins or TICKERS))
 
 
 def rare(chance, broker):
