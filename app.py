@@ -22,16 +22,16 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from json.encoder import encode_basestring_ascii as quoted
 from secrets import token_hex
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import click
 import flask_swagger_ui
@@ -47,13 +47,16 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 import openapi
 import public
-from database import OutcomeUnknown, db, transaction, use_database
+from database import OutcomeUnknown, db, snapshot, transaction, use_database
 from messages import (
     ACCOUNT_LIMIT,
     ORDER_LIMIT,
     REHEARSED,
     Advance,
     BalanceAnswer,
+    BarOptions,
+    BarsAnswer,
+    ChangedOrder,
     Clock,
     ClosedAccount,
     DatabaseHealth,
@@ -64,8 +67,12 @@ from messages import (
     MarketAnswer,
     NewAccount,
     NewKey,
+    NewOrder,
     OpenedAccount,
     Order,
+    OrderFilters,
+    OrderPage,
+    OrderType,
     Page,
     PathTicker,
     PinnedPrice,
@@ -79,6 +86,7 @@ from messages import (
     checked,
     invalid,
     iso,
+    now,
     plain,
     refuses,
     takes,
@@ -86,6 +94,7 @@ from messages import (
 )
 from models import (
     Account,
+    AdvanceAnswer,
     AuditAnswer,
     Books,
     Costs,
@@ -101,8 +110,8 @@ from models import (
     TradesAnswer,
     User,
     UsersAnswer,
-    now,
 )
+from orders import ORDERS_LIMIT, CanceledAnswer, OrderAnswer, OrdersAnswer, PlacedOrder, fingerprint
 from pricing import (
     BAR_SECONDS,
     SAMPLE_FILE,
@@ -270,6 +279,10 @@ class Simulator(Flask):
                 time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
 
 
+REPEATABLE = "trade", "place_order", "replace_order"
+"""They look up first whether their key has been used."""
+
+
 class AsciiNumber(IntegerConverter):
     regex = "[0-9]+"  # Python's digits are those of all scripts.
 
@@ -280,7 +293,7 @@ def is_passing(error: Exception) -> bool:
         return False
     if isinstance(error, OutcomeUnknown):
         # A trade looks its key up first; nothing else that writes has one.
-        return request.method in ("GET", "HEAD") or request.endpoint == "trade"
+        return request.method in ("GET", "HEAD") or request.endpoint in REPEATABLE
     if isinstance(error, QuoteExpired):
         return True
     serialization_failure, deadlock, lock_timeout = "40001", "40P01", "55P03"
@@ -341,6 +354,8 @@ STATUS = {
     "limit_exceeded": 409,
     "market_is_live": 409,
     "clock_is_running": 409,
+    "not_open": 409,
+    "not_replaceable": 409,
     "too_large": 413,
     "unsupported_media_type": 415,
     "idempotency_key_reused": 422,
@@ -444,6 +459,43 @@ def admit() -> None:
         raise Refused("forbidden", "Accounts are managed with the server's ADMIN_API_KEY, if it has one.")
     if is_admin and not is_admins_path:
         raise Refused("forbidden", "The admin's key manages accounts; it has none of its own to trade with.")
+    if account and account.settled_at:
+        g.account = up_to_date(account, g.key_hash)
+
+
+def up_to_date(account: Account, key_hash: str) -> Account:
+    """The account with its open orders, once these have seen all prices: before anything of it is read."""
+    user_id = account.user_id
+    with snapshot():
+        account = Account.with_orders(user_id)
+    if market.has_moved(account):  # Asked before the lock: no locked row waits for Yahoo.
+        with suppress(OutcomeUnknown), transaction(user_id):  # Whatever came of it, we look again.
+            locked(user_id, key_hash)
+        with snapshot():
+            account = Account.with_orders(user_id)
+    return account
+
+
+def locked(user_id: int, key_hash: str, ticker: str = "", order_key: str = "") -> Account:
+    """The account, locked, its open orders settled: whatever reads or changes one begins here."""
+    account = Account.locked(user_id, key_hash, ticker, order_key)
+    if account.orders:
+        show(account)
+    return account
+
+
+def show(account: Account) -> None:
+    """Show its open orders all prices since they last saw some."""
+    moment = now()
+    if market.is_sample and not market.has_moved(account):
+        return
+    log_fills(account.settle(market.passed(account, moment), market.day, COSTS, moment))
+
+
+def log_fills(trades: list[Trade]) -> list[Trade]:
+    for trade in trades:
+        app.logger.info("order %s is filled by %s", trade.order_id, trade)
+    return trades
 
 
 @cache
@@ -496,24 +548,40 @@ def set_clock(clock: Clock) -> MarketAnswer:
         span = f"from {iso(market.bars[0])} to {iso(market.bars[-1])}"
         raise invalid([{"field": "at", "message": f"must be a time {span}"}])
     with transaction(g.user_id):
-        account = Account.locked(g.user_id, g.key_hash)
+        account, moment = locked(g.user_id, g.key_hash), now()
         account.stop_clock(at and market.bar_at(at))
+        if account.orders:
+            log_fills(account.settle(market.landing(account, moment), market.day, COSTS, moment))
         return market_of(account)  # Read before it is committed: so it is safe to repeat.
 
 
 @app.post("/api/v1/market/advance")
 @takes(Advance, body_may_miss=True)
-@refuses("market_is_live", "clock_is_running", "outcome_unknown")
-def advance(step: Advance) -> MarketAnswer:
-    """Move your stopped clock on by some bars; past the last one it does not go."""
+@refuses("unknown_ticker", "market_is_live", "clock_is_running", "outcome_unknown")
+def advance(step: Advance) -> AdvanceAnswer:
+    """Move your stopped clock on by some bars; past the last one it does not go.
+
+    Your open orders see each bar on the way, and `fills` are the trades that came of it. With `tickers` the
+    answer has their prices after it: so a back-test is one request a bar.
+    """
     need_sample_market()
+    tickers = step.tickers or []
+    for ticker in tickers:
+        if ticker not in market.series:
+            raise no_such_ticker(ticker)
     with transaction(g.user_id):
-        account = Account.locked(g.user_id, g.key_hash)
+        account, moment = locked(g.user_id, g.key_hash), now()
         clock = market.clock(account)
         if clock is None:
             raise Refused("clock_is_running", "Stop the clock first: PUT /api/v1/market/clock.")
-        account.stop_clock(market.bar_after(clock, step.bars))
-        return market_of(account)  # Read before it is committed: so it is safe to repeat.
+        bar, fills = market.bar_after(clock, step.bars), []
+        if account.orders:
+            fills = account.settle(market.bars_between(account, bar), market.day, COSTS, moment)
+        account.stop_clock(bar)
+        prices = {ticker: quote.price for ticker, quote in market.quotes(tickers, account).items()}
+        told = {"fills": [trade.to_dict() for trade in log_fills(fills)]}
+        told |= {"prices": prices} if step.tickers else {}
+        return market_of(account) | told  # Read before it is committed: so it is safe to repeat.
 
 
 @app.put("/api/v1/market/prices/<path:ticker>")
@@ -539,8 +607,10 @@ def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
     if ticker not in market.series and not letting_go:
         raise no_such_ticker(ticker)
     with transaction(g.user_id):
-        account = Account.locked(g.user_id, g.key_hash)
+        account, moment = locked(g.user_id, g.key_hash), now()
         account.pin(ticker, price)
+        if account.orders:
+            log_fills(account.settle(market.pinned(account, ticker, moment), market.day, COSTS, moment))
         return market_of(account)  # Read before it is committed: so it is safe to repeat.
 
 
@@ -572,7 +642,7 @@ def drillable(route):
         if fault == "error_before_commit":
             sa.event.listen(db.session(), "before_commit", fail_where_booked)
         answer = route(*asked)
-        if fault == "error_after_commit" and "booked" in g:
+        if fault == "error_after_commit" and "tried" in g:
             raise Refused("outcome_unknown", "A drill: the answer to this trade was lost. Was it booked?")
         return answer
 
@@ -581,7 +651,7 @@ def drillable(route):
 
 
 def fail_where_booked(_) -> None:
-    if "booked" in g:
+    if "tried" in g:
         raise Refused("database_unavailable", "A drill: this trade failed and was not booked.")
 
 
@@ -591,8 +661,13 @@ def fail_where_booked(_) -> None:
 @app.get("/api/v1/balance")
 @takes()
 def balance() -> BalanceAnswer:
-    """Your cash, in dollars."""
-    return {"user_id": g.user_id, "cash_balance": g.account.cash_balance}
+    """Your cash, and what of it is held back for open orders, in dollars."""
+    return {
+        "user_id": g.user_id,
+        "cash_balance": g.account.cash_balance,
+        "reserved_cash": g.account.reserved_cash,
+        "buying_power": g.account.buying_power,
+    }
 
 
 @app.get("/api/v1/prices")
@@ -617,6 +692,20 @@ def price(ticker: str) -> QuoteAnswer:
     if isinstance(quote, Refused):
         raise quote
     return quote.to_dict()
+
+
+@app.get("/api/v1/bars/<path:ticker>")
+@takes(query=BarOptions, path=PathTicker)
+@refuses("unknown_ticker", "price_unavailable")
+def bars(asked: BarOptions, ticker: str) -> BarsAnswer:
+    """What one share or coin cost in the past: the last bars of those asked for, oldest first.
+
+    A bar has the time at which it begins, in UTC: a day at midnight, a week on Monday. Where `start` is not
+    before `end` there is none. On the sample market there is none after your account's clock, whatever you
+    pinned.
+    """
+    found = market.past_bars(ticker, asked, g.account)
+    return {"ticker": ticker, "timeframe": asked.timeframe, "bars": [bar._asdict() for bar in found]}
 
 
 @app.get("/api/v1/portfolio")
@@ -658,35 +747,55 @@ def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
     quote = market.look_up(order.ticker, g.account)  # Before the lock: no locked row waits for Yahoo.
 
     with transaction(g.user_id, keep=not options.dry_run):
-        account = Account.locked(g.user_id, g.key_hash, order.ticker, order_key)
-        if "booked" in g and g.booked.run != account.run:  # Lost with its COMMIT, and its run is over.
-            raise OutcomeUnknown
-        if account.earlier:  # Its first answer needs no price.
-            return replay(Trade.of(g.user_id, account.earlier), order, options)
-        if account.market_clock != g.account.market_clock or account.pin_changes != g.account.pin_changes:
-            quote = market.look_up(order.ticker, account)  # Of the sample market: no network.
-        booked = account.fill(order, quote, account.holding, COSTS)
+        account = locked(g.user_id, g.key_hash, order.ticker, order_key)
+        if earlier := earlier_under_key(account):  # Its first answer needs no price.
+            return replay(earlier, earlier.is_for(order), options.dry_run)
+        quote = quote_for(account, order.ticker, quote)
+        booked = account.fill(order, quote, account.holding(order.ticker), COSTS)
         if options.dry_run:
             return booked.to_dict() | REHEARSED
-        account.book(booked, account.holding, order_key)
-        g.booked = booked
+        account.book(booked, account.holding(order.ticker), order_key)
+        g.tried = booked
 
     request.environ["broker.booked"] = f" {booked}"
     return booked.to_dict()
 
 
-def replay(earlier: Trade, order: Order, options: TradeOptions):
+def earlier_under_key(account: Account) -> Trade | PlacedOrder | None:
+    """What came under this request's key before."""
+    if (
+        "tried" in g and g.tried.run != account.run
+    ):  # An earlier try may have booked it in a run that is over.
+        raise OutcomeUnknown
+    if account.earlier_order:
+        return PlacedOrder.of(g.user_id, str(account.earlier_order))
+    return account.earlier_trade and Trade.of(g.user_id, account.earlier_trade)
+
+
+def quote_for(account: Account, ticker: str, quote: Quote | Refused) -> Quote | Refused:
+    """The `quote`, or a new one where the account has moved its sample market since: no network."""
+    seen = g.account
+    if (account.market_clock, account.pin_changes) == (seen.market_clock, seen.pin_changes):
+        return quote
+    quote = market.look_up(ticker, account)
+    if account.orders:
+        show(account)  # For the minute may have changed as well.
+    return quote
+
+
+def replay(earlier: Trade | PlacedOrder, is_same: bool, dry_run: bool = False) -> tuple[dict, dict]:
     """The first answer once more, for a key that has been used; refused if for another order."""
-    if not earlier.is_for(order):
+    if not is_same:
+        what = "trade" if isinstance(earlier, Trade) else "order"
         raise Refused(
             "idempotency_key_reused",
-            f"This Idempotency-Key belongs to trade {earlier.id}, which came of another order.",
-            trade_id=str(earlier.id),
+            f"This Idempotency-Key belongs to {what} {earlier.id}, which came of another order.",
+            **{f"{what}_id": str(earlier.id)},
         )
-    if "booked" in g and g.booked.created_at == earlier.created_at:
+    if "tried" in g and g.tried.created_at == earlier.created_at:
         request.environ["broker.booked"] = f" {earlier}"
-        return earlier.to_dict()  # By us, a moment ago: the answer to our COMMIT was lost.
-    return earlier.to_dict() | (REHEARSED if options.dry_run else {}), {"Idempotent-Replayed": "true"}
+        return earlier.to_dict(), {}  # By us, a moment ago: the answer to our COMMIT was lost.
+    return earlier.to_dict() | (REHEARSED if dry_run else {}), {"Idempotent-Replayed": "true"}
 
 
 @app.get("/api/v1/trades")
@@ -720,27 +829,32 @@ def trades_csv(filters: Filters) -> Annotated[Response, "text/csv"]:
     chosen = filters.model_dump()
     chosen["run"] = chosen["run"] or g.account.run  # One run from end to end.
 
+    return csv_answer("trades.csv", CSV_COLUMNS, partial(Trade.page, g.user_id, **chosen))
+
+
+def csv_answer(name: str, columns: list[str], page: Callable) -> Response:
+    """All rows that `page(cursor=, limit=)` answers, a thousand at a time."""
+
     def lines() -> Iterator[str]:
-        cursor, size = None, 1000
-        yield ",".join(CSV_COLUMNS) + "\r\n"
-        while found := Trade.page(g.user_id, **chosen, cursor=cursor, limit=size):
+        cursor = None
+        yield ",".join(columns) + "\r\n"
+        while found := page(cursor=cursor, limit=1000):
             text = io.StringIO()
-            csv.writer(text).writerows(map(csv_row, found))
+            csv.writer(text).writerows(csv_row(row.to_dict(), columns) for row in found)
             yield text.getvalue()
             cursor = found[-1].id
 
     return Response(
         stream_with_context(lines()),
         content_type="text/csv; charset=utf-8",
-        headers={"Content-Disposition": "attachment; filename=trades.csv"},
+        headers={"Content-Disposition": f"attachment; filename={name}"},
     )
 
 
-def csv_row(trade: Trade) -> list[str]:
-    """The trade as a line of CSV, its numbers and times written as in JSON."""
+def csv_row(shown: dict, columns: list[str]) -> list[str]:
+    """A line of CSV, its numbers and times written as in JSON."""
     write = {Decimal: plain, datetime: iso}
-    shown = trade.to_dict()
-    return [write.get(type(shown[name]), lambda value: value)(shown[name]) for name in CSV_COLUMNS]
+    return [write.get(type(shown[name]), lambda value: value)(shown[name]) for name in columns]
 
 
 @app.get("/api/v1/trades/<id>")
@@ -752,6 +866,133 @@ def one_trade(id: str) -> TradeAnswer:
     if trade is None:
         raise Refused("not_found", f"You have no trade {id}.")
     return trade.to_dict()
+
+
+# Orders that rest.
+
+
+@app.post("/api/v1/orders")
+@takes(NewOrder, order_key=True)
+@refuses(
+    *("unknown_ticker", "insufficient_funds", "insufficient_shares", "unsupported_currency"),
+    *("unsupported_price", "stale_price", "limit_exceeded", "market_is_live", "idempotency_key_reused"),
+    *("price_unavailable", "outcome_unknown"),
+)
+@drillable
+def place_order(asked: NewOrder, order_key: str) -> tuple[OrderAnswer, Literal[201]]:
+    """Place an order that may wait: it is filled at once if the market is there already, or else rests.
+
+    What it may cost is held back until it is filled or canceled. With an `Idempotency-Key` it is placed
+    once, however often it is sent.
+    """
+    quote = market.look_up(asked.ticker, g.account)  # Before the lock: no locked row waits for Yahoo.
+
+    with transaction(g.user_id):
+        account = locked(g.user_id, g.key_hash, asked.ticker, order_key)
+        if earlier := earlier_under_key(account):
+            answer, headers = replay(earlier, earlier.is_for(asked))
+            return answer, 201, headers
+        quote = quote_for(account, asked.ticker, quote)
+        day = market.day(asked.ticker, market.time(account))
+        own = {"idempotency_key": order_key, "asked": fingerprint(asked)}
+        g.tried = account.place(asked, quote, COSTS, day, **own)
+
+    request.environ["broker.booked"] = f" {g.tried}"
+    return g.tried.to_dict(), 201
+
+
+@app.patch("/api/v1/orders/<id>")
+@takes(ChangedOrder, order_key=True)
+@refuses(
+    *("unknown_ticker", "not_found", "not_open", "not_replaceable", "insufficient_funds"),
+    *("insufficient_shares", "unsupported_currency", "unsupported_price", "stale_price", "limit_exceeded"),
+    *("idempotency_key_reused", "price_unavailable", "outcome_unknown"),
+)
+def replace_order(changed: ChangedOrder, order_key: str, id: str) -> OrderAnswer:
+    """Put a changed order in the place of an open one, in one step.
+
+    It has a new id and `replaces` the old one, whose money and shares are free for it. What the old one
+    brought moves on with it, and follows its quantity.
+    """
+    ticker = PlacedOrder.of(g.user_id, id).ticker
+    quote = market.look_up(ticker, g.account)
+
+    with transaction(g.user_id):
+        account = locked(g.user_id, g.key_hash, ticker, order_key)
+        if earlier := earlier_under_key(account):
+            return replay(earlier, earlier.is_for(changed, id))
+        order = open_order(account, id)
+        quote = quote_for(account, ticker, quote)
+        day = market.day(ticker, market.time(account))
+        own = {"idempotency_key": order_key, "asked": fingerprint(changed, id)}
+        g.tried = account.replace(order, changed, quote, COSTS, day, **own)
+
+    request.environ["broker.booked"] = f" {g.tried}"
+    return g.tried.to_dict()
+
+
+def open_order(account: Account, id: str) -> PlacedOrder:
+    """The order of this locked account, if it is not closed."""
+    order = PlacedOrder.of(g.user_id, id)
+    if not order.is_working:
+        raise Refused("not_open", f"Order {id} is {order.status} already.", order_status=order.status)
+    return order
+
+
+@app.delete("/api/v1/orders/<id>")
+@takes()
+@refuses("not_found", "not_open", "outcome_unknown")
+def cancel_order(id: str) -> OrderAnswer:
+    """Cancel an open order, and what hangs on it."""
+    with transaction(g.user_id):
+        account = locked(g.user_id, g.key_hash)
+        order = open_order(account, id)
+        account.cancel(order)
+    return order.to_dict()
+
+
+@app.delete("/api/v1/orders")
+@takes()
+@refuses("outcome_unknown")
+def cancel_orders() -> CanceledAnswer:
+    """Cancel all your open orders."""
+    with transaction(g.user_id):
+        account = locked(g.user_id, g.key_hash)
+        orders = [order for order in account.orders if order.is_working]
+        if orders:
+            account.cancel(*orders)
+    return {"canceled": [order.to_dict() for order in orders]}
+
+
+@app.get("/api/v1/orders")
+@takes(query=OrderPage)
+def orders(page: OrderPage) -> OrdersAnswer:
+    """Your orders of a run, newest first, a page at a time; those that are open, if you ask no others."""
+    chosen = page.model_dump(exclude={"limit"}) | {"run": page.run or g.account.run}
+    found = PlacedOrder.page(g.user_id, **chosen, limit=page.limit + 1)
+    shown = found[: page.limit]
+    return {
+        "orders": [order.to_dict() for order in shown],
+        "next_cursor": str(shown[-1].id) if len(found) > page.limit else None,
+    }
+
+
+@app.get("/api/v1/orders.csv")
+@takes(query=OrderFilters)
+def orders_csv(filters: OrderFilters) -> Annotated[Response, "text/csv"]:
+    """All your orders of a run that pass the filters, newest first, as CSV."""
+    chosen = filters.model_dump() | {"run": filters.run or g.account.run}
+    return csv_answer(
+        "orders.csv", list(OrderAnswer.__annotations__), partial(PlacedOrder.page, g.user_id, **chosen)
+    )
+
+
+@app.get("/api/v1/orders/<id>")
+@takes()
+@refuses("not_found")
+def one_order(id: str) -> OrderAnswer:
+    """One of your orders."""
+    return PlacedOrder.of(g.user_id, id).to_dict()
 
 
 # How a bot did, and starting over.
@@ -767,7 +1008,7 @@ def reset(start: Reset) -> RunAnswer:
     """
     cash = settings.STARTING_CASH if start.cash is None else start.cash
     with transaction(g.user_id):
-        account = Account.locked(g.user_id, g.key_hash)
+        account = locked(g.user_id, g.key_hash)
         account.start_over(cash, market.time(account))
     return {"user_id": g.user_id, "run": account.run, "cash_balance": account.cash_balance}
 
@@ -812,8 +1053,10 @@ def rules() -> RulesAnswer:
             "Only tickers quoted in US dollars trade.",
             "A price that its source saw too long ago, or knows no more, is good for selling only.",
             "A trade is booked in full and at once, or not at all.",
+            "An order may rest: what it may cost is held back, and only later prices fill it.",
+            "A limit is filled at its limit, a stop at its stop or where the market opens beyond it.",
         ],
-        "order_types": ["limit", "market"],
+        "order_types": list(get_args(OrderType)),
         "costs": {
             "commission_bps": COSTS.commission_bps,
             "commission_min": COSTS.commission_min,
@@ -822,6 +1065,7 @@ def rules() -> RulesAnswer:
         "limits": {
             "order": ORDER_LIMIT,
             "account": ACCOUNT_LIMIT,
+            "open_orders": ORDERS_LIMIT,
             "body_bytes": app.config["MAX_CONTENT_LENGTH"],
         },
         "scales": {"quantity": 8, "price": 8, "total_amount": 8, "percent": 2},
@@ -1036,6 +1280,15 @@ def audit_all():
             click.echo(f"User {user.id}: {sentence}")
     click.echo(f"{count} trades replayed, {differences} differences.")
     sys.exit(1 if differences else 0)
+
+
+@app.cli.command("settle")
+def settle_all():
+    """Show the open orders of every account the prices of now: for a scheduler, as nothing else looks."""
+    claim_database()
+    for user in (found := User.with_open_orders()):
+        up_to_date(Account.with_key(user.api_key_hash), user.api_key_hash)
+    click.echo(f"The open orders of {len(found)} accounts have seen the prices of now.")
 
 
 @app.cli.command("record")

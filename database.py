@@ -9,19 +9,20 @@ import socket
 import sqlite3
 import time
 from contextlib import contextmanager, suppress
-from datetime import UTC
+from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache, wraps
 from threading import Lock, Thread
+from typing import Annotated
 from weakref import WeakValueDictionary
 
 import psycopg2.extensions
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import BigInteger
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.orm import DeclarativeBase, mapped_column
 
 # ------------------------------------------------------------------------------------------- Values
 
@@ -64,6 +65,27 @@ class UtcDateTime(sa.types.TypeDecorator):
         if value is None:
             return None
         return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+Amount = Annotated[Decimal, mapped_column(EXACT)]
+"""Dollars, with 8 decimals."""
+
+Quantity = Annotated[Decimal, mapped_column(EXACT)]
+"""Shares or coins, with 8 decimals."""
+
+Moment = Annotated[datetime, mapped_column(UtcDateTime)]
+"""A moment in UTC."""
+
+Id = Annotated[int, mapped_column(BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True)]
+"""A number that grows with each row. SQLite counts only a column that is called INTEGER."""
+
+UserId = Annotated[int, mapped_column(ForeignKey("ibkr_users.id"))]
+
+
+def within(name: str, low: Decimal | int, high: Decimal) -> CheckConstraint:
+    """A CHECK that `low` <= the column `name` < `high`. The upper bound also keeps NaN out."""
+    column = sa.column(name, EXACT)
+    return CheckConstraint(sa.and_(column >= Decimal(low), column < high), name=name)
 
 
 class Base(DeclarativeBase):

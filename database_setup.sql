@@ -180,4 +180,67 @@ UPDATE alembic_version SET version_num='0008' WHERE alembic_version.version_num 
 
 UPDATE alembic_version SET version_num='0009' WHERE alembic_version.version_num = '0008';
 
+-- Running upgrade 0009 -> 0011
+
+CREATE TABLE ibkr_orders (
+    id BIGSERIAL NOT NULL, 
+    user_id BIGINT NOT NULL, 
+    run INTEGER NOT NULL, 
+    ticker VARCHAR(20) NOT NULL, 
+    action VARCHAR(4) NOT NULL, 
+    order_type VARCHAR(13) NOT NULL, 
+    quantity NUMERIC(20, 8) NOT NULL, 
+    limit_price NUMERIC(20, 8), 
+    stop_price NUMERIC(20, 8), 
+    trail_percent NUMERIC(20, 8), 
+    trail_amount NUMERIC(20, 8), 
+    is_triggered BOOLEAN NOT NULL, 
+    time_in_force VARCHAR(3) NOT NULL, 
+    day DATE NOT NULL, 
+    status VARCHAR(8) NOT NULL, 
+    reason VARCHAR(300), 
+    reserved_cash NUMERIC(20, 8) NOT NULL, 
+    commission NUMERIC(20, 8) NOT NULL, 
+    parent_id BIGINT, 
+    replaces BIGINT, 
+    idempotency_key VARCHAR(255), 
+    asked VARCHAR(64), 
+    quote_number INTEGER, 
+    placed_at TIMESTAMP WITH TIME ZONE NOT NULL, 
+    market_time TIMESTAMP WITH TIME ZONE NOT NULL, 
+    closed_at TIMESTAMP WITH TIME ZONE, 
+    trade_id BIGINT, 
+    price NUMERIC(20, 8), 
+    CONSTRAINT pk_ibkr_orders PRIMARY KEY (id), 
+    CONSTRAINT fk_ibkr_orders_user_id FOREIGN KEY(user_id) REFERENCES ibkr_users (id), 
+    CONSTRAINT fk_ibkr_orders_parent_id FOREIGN KEY(parent_id) REFERENCES ibkr_orders (id), 
+    CONSTRAINT fk_ibkr_orders_replaces FOREIGN KEY(replaces) REFERENCES ibkr_orders (id), 
+    CONSTRAINT fk_ibkr_orders_trade_id FOREIGN KEY(trade_id) REFERENCES ibkr_trades (id), 
+    CONSTRAINT uq_ibkr_orders_user_id_run_idempotency_key UNIQUE (user_id, run, idempotency_key), 
+    CONSTRAINT uq_ibkr_orders_trade_id UNIQUE (trade_id), 
+    CONSTRAINT ck_ibkr_orders_action CHECK (action IN ('buy', 'sell')), 
+    CONSTRAINT ck_ibkr_orders_order_type CHECK (order_type IN ('market', 'limit', 'stop', 'stop_limit', 'trailing_stop')), 
+    CONSTRAINT ck_ibkr_orders_time_in_force CHECK (time_in_force IN ('gtc', 'day', 'ioc', 'fok')), 
+    CONSTRAINT ck_ibkr_orders_status CHECK (status IN ('open', 'held', 'filled', 'canceled', 'expired', 'replaced')), 
+    CONSTRAINT ck_ibkr_orders_one_state CHECK ((status IN ('open', 'held')) = (closed_at IS NULL) AND (status = 'filled') = (trade_id IS NOT NULL) AND (status = 'filled') = (price IS NOT NULL)), 
+    CONSTRAINT ck_ibkr_orders_closed_holds_nothing CHECK (closed_at IS NULL OR reserved_cash = 0), 
+    CONSTRAINT ck_ibkr_orders_quantity CHECK (quantity >= 0.00000001 AND quantity < 10000000000), 
+    CONSTRAINT ck_ibkr_orders_limit_price CHECK (limit_price >= 0.00000001 AND limit_price < 10000000000), 
+    CONSTRAINT ck_ibkr_orders_stop_price CHECK (stop_price >= 0.00000001 AND stop_price < 10000000000), 
+    CONSTRAINT ck_ibkr_orders_trail_percent CHECK (trail_percent >= 0.00000001 AND trail_percent < 100), 
+    CONSTRAINT ck_ibkr_orders_trail_amount CHECK (trail_amount >= 0.00000001 AND trail_amount < 10000000000), 
+    CONSTRAINT ck_ibkr_orders_reserved_cash CHECK (reserved_cash >= 0 AND reserved_cash < 90000000000), 
+    CONSTRAINT ck_ibkr_orders_commission CHECK (commission >= 0 AND commission < 90000000000), 
+    CONSTRAINT ck_ibkr_orders_price CHECK (price >= 0.00000001 AND price < 10000000000)
+);
+
+CREATE INDEX ix_ibkr_orders_user_id_id ON ibkr_orders (user_id, id);
+
+CREATE INDEX ix_ibkr_orders_working ON ibkr_orders (user_id, id) WHERE closed_at IS NULL;
+
+ALTER TABLE ibkr_balances ADD COLUMN settled_at TIMESTAMP WITH TIME ZONE;
+
+UPDATE alembic_version SET version_num='0011' WHERE alembic_version.version_num = '0009';
+
 COMMIT;
+

@@ -14,7 +14,7 @@ Nothing here touches the ledger or asks for a price.
 import json
 import re
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import ROUND_FLOOR, ROUND_HALF_EVEN, Decimal, DefaultContext, setcontext
 from functools import wraps
 from typing import Annotated, Literal, NotRequired
@@ -52,10 +52,46 @@ ACCOUNT_LIMIT = Decimal(90_000_000_000)
 SQLite keeps amounts as integers of 10^-8, and 9.22e18 is the largest integer that it has.
 """
 
+TIMEFRAMES = {
+    "1m": timedelta(minutes=1),
+    "5m": timedelta(minutes=5),
+    "15m": timedelta(minutes=15),
+    "1h": timedelta(hours=1),
+    "1d": timedelta(days=1),
+    "1w": timedelta(weeks=1),
+}
+"""How long a bar can be, by its name."""
+
 DefaultContext.prec = 60
 setcontext(DefaultContext)
 """Two amounts multiply to 38 digits, and Python's 28 would round some away. Every thread that begins
 after this line takes its precision from `DefaultContext`."""
+
+
+def now() -> datetime:
+    """The time, in UTC."""
+    return datetime.now(UTC)
+
+
+def rounded(amount: Decimal, rounding: str = ROUND_HALF_EVEN) -> Decimal:
+    """`amount` to 8 decimals."""
+    return amount.quantize(UNIT, rounding)
+
+
+def value_of(quantity: Decimal, price: Decimal, rounding: str = ROUND_FLOOR) -> Decimal:
+    """What `quantity` at `price` comes to, in dollars, to 8 decimals.
+
+    Rounded down it is what a sale brings, rounded up what a purchase costs: rounding never makes money.
+    """
+    return rounded(quantity * price, rounding)
+
+
+CENT, HUNDRED = Decimal("0.01"), Decimal(100)
+
+
+def percent(part: Decimal, whole: Decimal) -> Decimal | None:
+    """`part` of `whole` in percent, to 2 decimals; of nothing there is no percentage."""
+    return (part * HUNDRED / whole).quantize(CENT) if whole else None
 
 
 def plain(number: Decimal) -> str:
@@ -222,14 +258,23 @@ Tickers = Annotated[
 Action = Literal["buy", "sell"]
 ActionWord = Annotated[Action, BeforeValidator(in_lower_case), means("In any case")]
 OrderAmount = Annotated[Decimal, BeforeValidator(checked_amount), number_below(ORDER_LIMIT)]
-Quantity = Annotated[Decimal, number_below(ORDER_LIMIT)]
+OrderType = Literal["market", "limit", "stop", "stop_limit", "trailing_stop"]
+TimeInForce = Annotated[
+    Literal["gtc", "day", "ioc", "fok"], means("How long it waits: day, or until canceled; or not")
+]
+TrailPercent = Annotated[
+    Decimal, BeforeValidator(lambda p: checked_amount(p, limit=HUNDRED)), number_below(HUNDRED)
+]
+RequestedQuantity = Annotated[Decimal, number_below(ORDER_LIMIT)]
 Notional = Annotated[
     Decimal, BeforeValidator(lambda dollars: checked_amount(dollars, ROUND_FLOOR)), number_below(ORDER_LIMIT)
 ]
 Cash = Annotated[Decimal, BeforeValidator(checked_cash), number_below(ACCOUNT_LIMIT, least=0)]
 Email = Annotated[str, AfterValidator(checked_email), text_like(EMAIL, maxLength=254)]
 ApiKey = Annotated[str, AfterValidator(checked_key), text_like(API_KEY)]
-Moment = Annotated[datetime, BeforeValidator(moment_from)]
+RequestedTime = Annotated[datetime, BeforeValidator(moment_from)]
+Timeframe = Literal[*TIMEFRAMES]
+TimeframeWord = Annotated[Timeframe, BeforeValidator(in_lower_case)]
 
 # ---------------------------------------------------------------------------------------- Requests
 
@@ -247,19 +292,16 @@ class NoOptions(BaseModel):
         return {n: v for n, v in document.items() if v is not None or n not in cls.model_fields}
 
 
-class Order(NoOptions):
-    """What a bot asks for: a quantity, or the dollars that it should come to."""
+class Sized(NoOptions):
+    """What to trade, and how much of it: a quantity, or the dollars that it should come to."""
 
     ticker: Ticker = means("What to trade", examples=["AAPL"])
     action: ActionWord
-    quantity: Quantity | Literal["all"] | None = means(
+    quantity: RequestedQuantity | Literal["all"] | None = means(
         "Shares or coins; in a sale also `all`. Rounded to 8 decimals, in a purchase down", default=None
     )
     notional: Notional | None = means(
         "Instead of a quantity: dollars, rounded down to 8 decimals", default=None
-    )
-    price: OrderAmount | None = means(
-        "Dollars each: the most to pay, or the least to take. Without it: the market price", default=None
     )
 
     @field_validator("quantity", mode="before")
@@ -288,12 +330,125 @@ class Order(NoOptions):
         )
 
 
+class Order(Sized):
+    """What a bot asks to be traded at once."""
+
+    price: OrderAmount | None = means(
+        "Dollars each: the most to pay, or the least to take. Without it: the market price", default=None
+    )
+
+
+class TakeProfit(NoOptions):
+    limit_price: OrderAmount
+
+
+class StopLoss(NoOptions):
+    stop_price: OrderAmount
+    limit_price: OrderAmount | None = means("The least to take, where it is not any price", default=None)
+
+
+PRICES_OF = {
+    "market": (),
+    "limit": ("limit_price",),
+    "stop": ("stop_price",),
+    "stop_limit": ("stop_price", "limit_price"),
+    "trailing_stop": ("trail_percent", "trail_amount"),
+}
+"""Which prices an order of each type has; a trailing one has one of the two."""
+
+
+class NewOrder(Sized):
+    """An order that may wait."""
+
+    order_type: Annotated[OrderType, BeforeValidator(in_lower_case)]
+    limit_price: OrderAmount | None = means("The most to pay, or the least to take, in dollars", default=None)
+    stop_price: OrderAmount | None = means("The price that wakes it, in dollars", default=None)
+    trail_percent: TrailPercent | None = means("How far the stop trails, in percent", default=None)
+    trail_amount: OrderAmount | None = means("How far the stop trails, in dollars", default=None)
+    time_in_force: Annotated[TimeInForce, BeforeValidator(in_lower_case)] | None = "gtc"
+    take_profit: TakeProfit | None = means("In a purchase: a limit sale that comes with it", default=None)
+    stop_loss: StopLoss | None = means("In a purchase, or a limit sale: a stop that sells", default=None)
+
+    @model_validator(mode="after")
+    def has_what_its_type_needs(self):
+        kind, prices = self.order_type, PRICES_OF[self.order_type]
+        given = [name for names in PRICES_OF.values() for name in names if getattr(self, name) is not None]
+        if strange := [name for name in given if name not in prices]:
+            raise ValueError(f"a {kind} order has no {strange[0]}")
+        if kind == "trailing_stop" and len(set(given)) != 1:
+            raise ValueError("give either trail_percent or trail_amount")
+        if missing := [name for name in prices if name not in given and kind != "trailing_stop"]:
+            raise ValueError(f"a {kind} order needs a {missing[0]}")
+        if self.notional and kind != "market":
+            raise ValueError("notional is for market orders")
+        return self
+
+    @model_validator(mode="after")
+    def brings_what_can_end_it(self):
+        gain, loss = self.take_profit, self.stop_loss
+        if not gain and not loss:
+            return self
+        if self.action == "sell" and (gain or self.order_type != "limit"):
+            raise ValueError("a sale brings nothing but a stop_loss, and that with a limit: no short selling")
+        if self.time_in_force not in ("gtc", "day"):
+            raise ValueError("what brings other orders is gtc or day")
+        if wrong := self.is_upside_down(self.limit_price or self.stop_price):
+            raise ValueError(wrong)
+        return self
+
+    def is_upside_down(self, price: Decimal | None) -> str | None:
+        """What is wrong with what it brings, if that is on the wrong side of its `price` or of each other."""
+        gain = self.take_profit and self.take_profit.limit_price
+        loss = self.stop_loss and self.stop_loss.stop_price
+        if gain and loss and gain <= loss:
+            return "take_profit must be above stop_loss"
+        if gain and self.action == "buy" and price and gain <= price:
+            return f"take_profit must be above {plain(price)}"
+        if loss and price and loss >= price:
+            return f"stop_loss must be below {plain(price)}"
+        return None
+
+    @property
+    def legs(self) -> list[dict]:
+        """The type and the prices of the sales that it brings."""
+        legs = []
+        if self.take_profit:
+            legs.append({"order_type": "limit", "limit_price": self.take_profit.limit_price})
+        if loss := self.stop_loss:
+            kind = "stop_limit" if loss.limit_price else "stop"
+            legs.append({"order_type": kind, "stop_price": loss.stop_price, "limit_price": loss.limit_price})
+        return legs
+
+
+class ChangedOrder(NoOptions):
+    """What is to be different."""
+
+    quantity: OrderAmount | None = None
+    limit_price: OrderAmount | None = None
+    stop_price: OrderAmount | None = None
+
+    @model_validator(mode="after")
+    def changes_something(self):
+        if not self.model_dump(exclude_none=True):
+            raise ValueError("give a quantity, limit_price or stop_price")
+        return self
+
+
 class TradeOptions(NoOptions):
     dry_run: bool = Field(False, description="Answer as the trade would, and write nothing")
 
 
 class PathTicker(NoOptions):
     ticker: Ticker
+
+
+class BarOptions(NoOptions):
+    """Which past prices to show."""
+
+    timeframe: TimeframeWord = means("How long a bar is, in any case", default="1d")
+    start: RequestedTime = Field(None, description="The earliest beginning of a bar to show, inclusive")
+    end: RequestedTime = Field(None, description="The time before which bars to show begin, exclusive")
+    limit: whole_number(1, 10_000) = Field(100, description="So many at the most: the last ones")
 
 
 class Listed(NoOptions):
@@ -309,12 +464,26 @@ class Filters(RunOption):
 
     ticker: Ticker = None
     action: ActionWord = None
-    since: Moment = Field(None, description="The earliest time to show, inclusive")
-    until: Moment = Field(None, description="The time before which to show, exclusive")
+    since: RequestedTime = Field(None, description="The earliest time to show, inclusive")
+    until: RequestedTime = Field(None, description="The time before which to show, exclusive")
 
 
 class Page(Filters):
     limit: whole_number(1, 500) = Field(50, description="Trades on a page")
+    cursor: whole_number(1, 2**63 - 1) = Field(None, description="`next_cursor` of the page before")
+
+
+class OrderFilters(RunOption):
+    """Which orders to show."""
+
+    status: Annotated[Literal["open", "closed", "all"], BeforeValidator(in_lower_case)] = Field(
+        "open", description="`open` includes what is held"
+    )
+    ticker: Ticker = None
+
+
+class OrderPage(OrderFilters):
+    limit: whole_number(1, 500) = Field(50, description="Orders on a page")
     cursor: whole_number(1, 2**63 - 1) = Field(None, description="`next_cursor` of the page before")
 
 
@@ -334,11 +503,12 @@ class Clock(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    at: Moment | None
+    at: RequestedTime | None
 
 
 class Advance(NoOptions):
     bars: whole_number(1, 100_000) | None = 1
+    tickers: list[Ticker] | None = Field(None, max_length=100, description="Whose prices to answer")
 
 
 class PinnedPrice(NoOptions):
@@ -377,6 +547,8 @@ REHEARSED = {"id": None, "dry_run": True}
 class BalanceAnswer(TypedDict):
     user_id: UserNumber
     cash_balance: Dollars
+    reserved_cash: Annotated[Dollars, means("Held back for open orders, in dollars")]
+    buying_power: Annotated[Dollars, means("The difference, in dollars")]
 
 
 class RunAnswer(TypedDict):
@@ -394,6 +566,7 @@ class CostsAnswer(TypedDict):
 class LimitsAnswer(TypedDict):
     order: Annotated[Dollars, means("A quantity and a price stay below this")]
     account: Annotated[Dollars, means("Cash and each holding stay below this")]
+    open_orders: Annotated[int, means("Open and held orders of an account at the most")]
     body_bytes: Annotated[int, means("Bytes of a request's body at the most")]
 
 
@@ -406,13 +579,28 @@ class ScalesAnswer(TypedDict):
 
 class RulesAnswer(TypedDict):
     rules: list[str]
-    order_types: list[Literal["limit", "market"]]
+    order_types: list[OrderType]
     costs: CostsAnswer
     limits: LimitsAnswer
     scales: ScalesAnswer
     starting_cash: Dollars
     price_sources: list[Source]
     price_cache_seconds: Annotated[int, means("How long a quote holds")]
+
+
+class BarAnswer(TypedDict):
+    timestamp: Annotated[Time, means("Where the bar begins; weeks on a Monday")]
+    open: Annotated[Price, means("The first price, in the currency that the ticker is quoted in")]
+    high: Annotated[Price, means("The highest price")]
+    low: Annotated[Price, means("The lowest price")]
+    close: Annotated[Price, means("The last price so far")]
+    volume: Annotated[Shares, means("Shares or coins that changed hands; 0 where nobody counted")]
+
+
+class BarsAnswer(TypedDict):
+    ticker: Symbol
+    timeframe: Timeframe
+    bars: Annotated[list[BarAnswer], means("Oldest first; the last one may not be over")]
 
 
 class MarketAnswer(TypedDict):
@@ -511,6 +699,8 @@ class Problem(TypedDict):
     currency: NotRequired[Annotated[str | None, means("ISO code, as far as the source names one")]]
     market_time: NotRequired[Annotated[Time, means("When the source itself last saw the price")]]
     trade_id: NotRequired[Annotated[str, means("The trade that the key belongs to")]]
+    order_id: NotRequired[Annotated[str, means("The order that the key belongs to")]]
+    order_status: NotRequired[Annotated[str, means("How the order was closed")]]
     rate_limit: NotRequired[Annotated[int, means("How many requests are answered in a window of time")]]
     retry_after: NotRequired[Annotated[int, means("Seconds until it may go better")]]
 

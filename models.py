@@ -15,107 +15,66 @@ from collections import defaultdict, namedtuple
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
+from datetime import date, datetime
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from functools import cache
 from math import ceil
 from typing import Annotated, NotRequired
+from uuid import uuid4
 
 import sqlalchemy as sa
-from sqlalchemy import (
-    BigInteger,
-    CheckConstraint,
-    ForeignKey,
-    Index,
-    PoolProxiedConnection,
-    UniqueConstraint,
-    bindparam,
-)
+from sqlalchemy import BigInteger, CheckConstraint, Index, PoolProxiedConnection, UniqueConstraint, bindparam
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, make_transient_to_detached, mapped_column
 from typing_extensions import TypedDict
 
 from database import (
-    EXACT,
     LIMITS,
     NAME_IS_TAKEN,
     NO_SUCH_NAME,
-    UtcDateTime,
+    Amount,
+    Id,
+    Moment,
+    Quantity,
+    UserId,
     as_sqlalchemy_has_it,
     db,
     snapshot,
     transaction,
+    within,
 )
 from messages import (
     ACCOUNT_LIMIT,
     ORDER_LIMIT,
     UNIT,
     Action,
+    ChangedOrder,
     Dollars,
+    MarketAnswer,
+    NewOrder,
     Order,
     Percent,
     Price,
     Refused,
     RunNumber,
     Shares,
+    Sized,
     Source,
     Symbol,
     Time,
     UserNumber,
+    checked,
+    invalid,
     iso,
     means,
+    now,
+    percent,
     plain,
+    rounded,
     unauthorized,
+    value_of,
 )
-
-# ------------------------------------------------------------------------------------------- Units
-
-Amount = Annotated[Decimal, mapped_column(EXACT)]
-"""Dollars, with 8 decimals."""
-
-Quantity = Annotated[Decimal, mapped_column(EXACT)]
-"""Shares or coins, with 8 decimals."""
-
-Moment = Annotated[datetime, mapped_column(UtcDateTime)]
-"""A moment in UTC."""
-
-Id = Annotated[int, mapped_column(BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True)]
-"""A number that grows with each row. SQLite counts only a column that is called INTEGER."""
-
-UserId = Annotated[int, mapped_column(ForeignKey("ibkr_users.id"))]
-
-
-def within(name: str, low: Decimal | int, high: Decimal) -> CheckConstraint:
-    """A CHECK that `low` <= the column `name` < `high`. The upper bound also keeps NaN out."""
-    column = sa.column(name, EXACT)
-    return CheckConstraint(sa.and_(column >= Decimal(low), column < high), name=name)
-
-
-def now() -> datetime:
-    """The time, in UTC."""
-    return datetime.now(UTC)
-
-
-def rounded(amount: Decimal, rounding: str = ROUND_HALF_EVEN) -> Decimal:
-    """`amount` to 8 decimals."""
-    return amount.quantize(UNIT, rounding)
-
-
-def value_of(quantity: Decimal, price: Decimal, rounding: str = ROUND_FLOOR) -> Decimal:
-    """What `quantity` at `price` comes to, in dollars, to 8 decimals.
-
-    Rounded down it is what a sale brings, rounded up what a purchase costs: rounding never makes money.
-    """
-    return rounded(quantity * price, rounding)
-
-
-CENT, HUNDRED = Decimal("0.01"), Decimal(100)
-
-
-def percent(part: Decimal, whole: Decimal) -> Decimal | None:
-    """`part` of `whole` in percent, to 2 decimals; of nothing there is no percentage."""
-    return (part * HUNDRED / whole).quantize(CENT) if whole else None
-
+from orders import ORDERS_LIMIT, DayOf, Passed, PlacedOrder, Step, settle
 
 # ------------------------------------------------------------------------------------------- Users
 
@@ -179,6 +138,12 @@ class User(db.Model):
         return db.session.execute(sa.select(cls, Account.cash_balance).join(Account).order_by(cls.id)).all()
 
     @classmethod
+    def with_open_orders(cls) -> Sequence["User"]:
+        """Those whose orders wait for a price."""
+        waiting = sa.select(cls).join(Account).where(Account.settled_at.is_not(None), cls.closed_at.is_(None))
+        return db.session.scalars(waiting.order_by(cls.id)).all()
+
+    @classmethod
     def rotate_key(cls, user_id: int) -> str:
         """Give the user a new API key and answer it; the old one is refused from now on."""
         api_key = secrets.token_hex(32)
@@ -192,6 +157,9 @@ class User(db.Model):
         with transaction(user_id):
             user = cls.locked(user_id)
             user.closed_at = now()
+            db.session.get(Account, user_id).settled_at = None
+            for order in PlacedOrder.working(user_id):
+                order.close("canceled", (), "The account was closed.")
 
     @classmethod
     def locked(cls, user_id: int) -> "User":
@@ -220,6 +188,7 @@ class HoldingAnswer(TypedDict):
 
     ticker: Symbol
     quantity: Shares
+    available_quantity: Annotated[Shares, means("What no open order holds back")]
     average_price: Annotated[Price, means("Cost basis / quantity, in dollars")]
     cost_basis: Annotated[Dollars, means("What the holding cost, with commission, in dollars")]
     current_price: Annotated[Price | None, means("What the market asks now, in dollars")]
@@ -270,13 +239,14 @@ class Holding(db.Model):
         self.quantity -= quantity
         self.cost_basis -= cost
 
-    def to_dict(self, quote: "Quote | None") -> HoldingAnswer:
+    def to_dict(self, quote: "Quote | None", reserved: Decimal = Decimal(0)) -> HoldingAnswer:
         """Valued at `quote`, in dollars. Of `self` it needs no more than a row of the table has."""
         value = quote and value_of(self.quantity, quote.price)
         profit = quote and value - self.cost_basis
         return {
             "ticker": self.ticker,
             "quantity": self.quantity,
+            "available_quantity": self.quantity - reserved,
             "average_price": rounded(self.cost_basis / self.quantity),
             "cost_basis": self.cost_basis,
             "current_price": quote and quote.price,
@@ -365,8 +335,10 @@ class Trade(db.Model):
         what = f"{self.trade_type} {self.quantity.normalize():f} {self.ticker} at {price}"
         return f"trade {self.id}: user {self.user_id} {what}"
 
-    def is_for(self, order: Order) -> bool:
+    def is_for(self, order, *_) -> bool:
         """Whether it came of `order`: the same in meaning, whatever its bytes were."""
+        if not isinstance(order, Order):
+            return False
         limit = self.price if self.order_type == "limit" else None
         size = self.asked or self.quantity
         asked = (order.ticker, order.action, order.asked or order.quantity, order.price)
@@ -502,6 +474,13 @@ class Quote(db.Model):
         quotes = sa.select(cls.ticker, cls.timestamp, cls.price).where(cls.ticker.in_(list(tickers)))
         return db.session.execute(quotes.order_by(cls.number)).all()
 
+    @classmethod
+    def after(cls, numbers: dict[str, int]) -> Sequence["Quote"]:
+        """The quotes of each ticker that were published after the one of that number, the oldest first."""
+        newer = [(cls.ticker == ticker) & (cls.number > number) for ticker, number in numbers.items()]
+        quotes = sa.select(cls).where(sa.or_(sa.false(), *newer))
+        return db.session.scalars(quotes.order_by(cls.timestamp, cls.ticker, cls.number)).all()
+
     def once_more(self, refusal: str, valid_until: datetime) -> "Quote":
         """The same price for a while longer, at which nothing is bought."""
         same = ("ticker", "price", "currency", "source", "timestamp", "market_time")
@@ -600,6 +579,31 @@ class Pin(db.Model):
         return db.session.scalars(sa.select(cls).filter_by(user_id=user_id).order_by(cls.id)).all()
 
 
+class QuoteExpired(Exception):
+    """The quote ran out while the request was under way."""
+
+
+def usable(quote: Quote | Refused, action: str) -> Quote:
+    """The `quote`, if it judges an order of this `action` now.
+
+    Raises `Refused`, or `QuoteExpired` when the market has moved on since the quote was taken.
+    """
+    if isinstance(quote, Refused):
+        raise quote
+    if quote.valid_until and quote.valid_until <= now():
+        raise QuoteExpired
+    if quote.currency != "USD":
+        raise Refused(
+            "unsupported_currency",
+            f"{quote.ticker} is quoted in {quote.currency or 'an unknown currency'}; "
+            "only tickers quoted in USD trade.",
+            currency=quote.currency,
+        )
+    if quote.refusal and action == "buy":
+        raise quote.refused_to_buyers()
+    return quote
+
+
 @dataclass(frozen=True)
 class Costs:
     """What the broker takes: commission on every trade, slippage on market orders."""
@@ -624,6 +628,11 @@ class Costs:
 # ------------------------------------------------------------------------------------- The account
 
 
+class AdvanceAnswer(MarketAnswer):
+    fills: Annotated[list[TradeAnswer], means("What open orders brought on the way")]
+    prices: NotRequired[Annotated[dict[str, Price], means("Of the tickers that were asked for")]]
+
+
 class TradesAnswer(TypedDict):
     trades: list[TradeAnswer]
     next_cursor: Annotated[str | None, means("`cursor` of the next page; `null` on the last one")]
@@ -642,10 +651,6 @@ class Run(db.Model):
     ended_at: Mapped[Moment]
 
     __table_args__ = (within("starting_cash", 0, ACCOUNT_LIMIT), within("cash_balance", 0, ACCOUNT_LIMIT))
-
-
-class QuoteExpired(Exception):
-    """The quote ran out while the request was under way."""
 
 
 class PortfolioAnswer(TypedDict):
@@ -667,7 +672,8 @@ class Account(db.Model):
 
     `run` counts how often the account has started over; `starting_cash` is what this run began with.
     Of its sample market, `market_clock` is where the clock stands, if it was stopped, and `pin_changes` is
-    how many rows it has in `ibkr_pins`: whether a pin has moved is seen without reading them.
+    how many rows it has in `ibkr_pins`: whether a pin has moved is seen without reading them. `settled_at` is
+    until when prices have been shown to its open orders, and NULL where it has none.
     """
 
     __tablename__ = "ibkr_balances"
@@ -679,8 +685,32 @@ class Account(db.Model):
     updated_at: Mapped[Moment]
     market_clock: Mapped[Moment | None]
     pin_changes: Mapped[int] = mapped_column(server_default="0")
+    settled_at: Mapped[Moment | None]
 
     __table_args__ = (within("cash_balance", 0, ACCOUNT_LIMIT), within("starting_cash", 0, ACCOUNT_LIMIT))
+
+    # What a locked account knows besides: its open and held orders, and what was booked under a key before.
+    orders = ()
+    earlier_trade = earlier_order = None
+
+    @property
+    def reserved_cash(self) -> Decimal:
+        """Dollars that are held back for open orders."""
+        return sum((order.reserved_cash for order in self.orders), Decimal(0))
+
+    @property
+    def buying_power(self) -> Decimal:
+        """Dollars that a purchase can cost."""
+        return self.cash_balance - self.reserved_cash
+
+    def reserved_shares(self, ticker: str, but: int | None = None) -> Decimal:
+        """What open sales hold back of `ticker`, less those of one group.
+
+        Of two that cancel each other only one can be filled: they are a group, and hold back once.
+        """
+        sales = [o for o in self.orders if (o.ticker, o.action, o.status) == (ticker, "sell", "open")]
+        groups = {order.group: order.quantity for order in sales if order.group != but}
+        return sum(groups.values(), Decimal(0))
 
     def fill(self, order: Order, quote: Quote | Refused, holding: Holding, costs: Costs = Costs()) -> Trade:
         """Decide `order` at the market's `quote`: change this account and `holding`, answer the trade.
@@ -688,58 +718,49 @@ class Account(db.Model):
         A limit order is booked at the price it names, a market order at the market's, slipped. Raises
         `Refused`, or `QuoteExpired` when the market has moved on since the quote was taken.
         """
-        if isinstance(quote, Refused):
-            raise quote
-        moment = now()
-        if quote.valid_until and quote.valid_until <= moment:
-            raise QuoteExpired
-        if quote.currency != "USD":
-            raise Refused(
-                "unsupported_currency",
-                f"{order.ticker} is quoted in {quote.currency or 'an unknown currency'}; "
-                "only tickers quoted in USD trade.",
-                currency=quote.currency,
-            )
-        if quote.refusal and order.action == "buy":
-            raise quote.refused_to_buyers()
+        quote = usable(quote, order.action)
         price = order.price or costs.slipped(order.action, quote.price)
+        quantity = self.quantity_of(order, price, holding)
+        trade = self.exchange(order.action, quantity, price, quote, holding, costs)
+        trade.order_type, trade.asked = "limit" if order.price else "market", order.asked
+        return trade
+
+    def exchange(
+        self, action: str, quantity: Decimal, price: Decimal, quote: Quote, holding: Holding, costs: Costs
+    ) -> Trade:
+        """Buy or sell `quantity` at `price`, where the market asks what `quote` says."""
         if price >= ORDER_LIMIT:
             raise Refused("limit_exceeded", f"A price stays below {ORDER_LIMIT}.", limit=ORDER_LIMIT)
-        quantity = self.quantity_of(order, price, holding)
-        total = value_of(quantity, price, ROUND_CEILING if order.action == "buy" else ROUND_FLOOR)
+        total = value_of(quantity, price, ROUND_CEILING if action == "buy" else ROUND_FLOOR)
         trade = Trade(
             user_id=self.user_id,
             run=self.run,
-            ticker=order.ticker,
-            trade_type=order.action,
-            order_type="limit" if order.price else "market",
+            ticker=quote.ticker,
+            trade_type=action,
+            order_type="market",
             quantity=quantity,
-            asked=order.asked,
-            order_id=None,
             price=price,
             total_amount=total,
             commission=costs.commission(total),
-            realized_pnl=None,
             market_price=quote.price,
             price_source=quote.source,
-            market_time=quote.market_time or moment,
-            created_at=moment,
+            market_time=quote.market_time,
+            created_at=now(),
         )
-        if order.action == "buy":
+        if action == "buy":
             self.buy(trade, holding)
         else:
             self.sell(trade, holding)
         trade.cash_after = self.cash_balance
         return trade
 
-    @staticmethod
-    def quantity_of(order: Order, price: Decimal, holding: Holding) -> Decimal:
-        """How much `order` trades at `price`: what it says, all that is held, or what its dollars come to."""
+    def quantity_of(self, order: Sized, price: Decimal, holding: Holding) -> Decimal:
+        """How much `order` trades at `price`: what it says, all that is free, or what its dollars come to."""
         quantity = order.quantity
         if order.notional:
             quantity = rounded(order.notional / price, ROUND_FLOOR)
         elif order.quantity == "all":
-            quantity = holding.quantity
+            quantity = holding.quantity - self.reserved_shares(order.ticker)
             if not quantity:
                 raise Refused(
                     "insufficient_shares", f"You have no {order.ticker} to sell.", available=quantity
@@ -759,13 +780,7 @@ class Account(db.Model):
                 market_price=trade.market_price,
             )
         cost = trade.total_amount + trade.commission
-        if cost > self.cash_balance:
-            raise Refused(
-                "insufficient_funds",
-                f"This costs {plain(cost)} and you have {plain(self.cash_balance)}.",
-                required=cost,
-                available=self.cash_balance,
-            )
+        self.need_cash(cost)
         holding.add(trade.quantity, cost)
         self.cash_balance -= cost
 
@@ -778,21 +793,15 @@ class Account(db.Model):
                 price=trade.price,
                 market_price=trade.market_price,
             )
-        if trade.quantity > holding.quantity:
-            raise Refused(
-                "insufficient_shares",
-                f"This sells {plain(trade.quantity)} {trade.ticker} and you have {plain(holding.quantity)}.",
-                required=trade.quantity,
-                available=holding.quantity,
-            )
+        self.need_shares(trade.quantity, holding)
         proceeds = trade.total_amount - trade.commission
-        if self.cash_balance + proceeds < 0:
+        if self.buying_power + proceeds < 0:
             raise Refused(
                 "insufficient_funds",
                 f"The commission of {plain(trade.commission)} is more than the {plain(trade.total_amount)} "
-                f"that this brings and the {plain(self.cash_balance)} that you have.",
+                f"that this brings and the {plain(self.buying_power)} that you have.",
                 required=trade.commission,
-                available=self.cash_balance + trade.total_amount,
+                available=self.buying_power + trade.total_amount,
             )
         if max(trade.total_amount, self.cash_balance + proceeds) >= ACCOUNT_LIMIT:
             raise Refused(
@@ -807,6 +816,217 @@ class Account(db.Model):
         holding.remove(trade.quantity, cost)
         trade.realized_pnl = proceeds - cost
         self.cash_balance += proceeds
+
+    def need_cash(self, cost: Decimal) -> None:
+        """Raises `Refused` where it has less than `cost` dollars that are not held back."""
+        if cost > self.buying_power:
+            held_back = (
+                self.reserved_cash and f", {plain(self.reserved_cash)} of it held back for open orders"
+            )
+            raise Refused(
+                "insufficient_funds",
+                f"This costs {plain(cost)} and you have {plain(self.cash_balance)}{held_back or ''}.",
+                required=cost,
+                available=self.buying_power,
+            )
+
+    def need_shares(self, quantity: Decimal, holding: Holding, but: int | None = None) -> None:
+        """Raises `Refused` where `holding` has less than `quantity` that no other group holds back."""
+        reserved = self.reserved_shares(holding.ticker, but)
+        if quantity > holding.quantity - reserved:
+            held_back = reserved and f", {plain(reserved)} of it held back for open orders"
+            raise Refused(
+                "insufficient_shares",
+                f"This sells {plain(quantity)} {holding.ticker} and you have {plain(holding.quantity)}"
+                f"{held_back or ''}.",
+                required=quantity,
+                available=holding.quantity - reserved,
+            )
+
+    # Orders that rest.
+
+    def place(
+        self,
+        wanted: NewOrder,
+        quote: Quote | Refused,
+        costs: Costs,
+        day: date,
+        old: PlacedOrder | None = None,
+        **own,
+    ) -> PlacedOrder:
+        """Fill `wanted` at once where the market is there already, or let it rest; `Refused` if it cannot.
+
+        Written are the order, what it brings, and the trade that fills it. A limit is filled at the market's
+        price, which is the better one, a stop that the market has passed at the market's, slipped. `day` is
+        the market's day, `old` the order in whose place it comes.
+        """
+        order, brought = self.written(wanted, usable(quote, wanted.action), costs, day, old, own)
+        holding = self.holding(order.ticker)
+        passed = Passed(quote.market_time, *[quote.price] * 3, quote.source)
+        for candidate in (order, *brought):
+            if candidate.status == "open" and order.status == "open":
+                self.fill_at_once(candidate, passed, quote, holding, costs)
+        for resting in (order, *brought[:1]):
+            if resting.is_working:
+                self.hold_back(resting, holding, costs)
+        if order.status == "open" and order.time_in_force in ("ioc", "fok"):
+            order.close("canceled", self.orders, f"The market was at {plain(quote.price)}.")
+        if sum(one.is_working for one in self.orders) > ORDERS_LIMIT:
+            raise Refused(
+                "limit_exceeded",
+                f"An account has at most {ORDERS_LIMIT} open and held orders.",
+                limit=Decimal(ORDERS_LIMIT),
+            )
+        self.are_settled(quote.timestamp)
+        return order
+
+    def written(
+        self, wanted: NewOrder, quote: Quote, costs: Costs, day: date, old: PlacedOrder | None, own: dict
+    ) -> tuple[PlacedOrder, list[PlacedOrder]]:
+        """Write `wanted` as an order, with what it brings, or with what the `old` one brought."""
+        names = ("ticker", "action", "order_type", "time_in_force")
+        names += ("limit_price", "stop_price", "trail_percent", "trail_amount")
+        slipped = costs.slipped(wanted.action, quote.price)
+        same = {"user_id": self.user_id, "run": self.run, "day": day, "quote_number": quote.number}
+        same |= {"placed_at": now(), "market_time": quote.market_time, "is_triggered": False}
+        same |= {"reserved_cash": Decimal(0), "commission": Decimal(0)}
+        same |= {"quantity": self.quantity_of(wanted, slipped, self.holding(wanted.ticker))}
+        order = PlacedOrder(**{name: getattr(wanted, name) for name in names}, **same, **own, status="open")
+        if order.order_type == "trailing_stop":
+            order.trail(quote.price)
+            if not UNIT <= order.stop_price < ORDER_LIMIT:
+                raise invalid([{"field": "body", "message": "the stop would be at no price"}])
+        if order.order_type == "market" and (wrong := wanted.is_upside_down(quote.price)):
+            raise invalid([{"field": "body", "message": wrong}])
+        if old:
+            order.replaces, order.parent_id, order.status = old.id, old.parent_id, old.status
+            order.is_triggered = old.is_triggered and old.stop_price == order.stop_price
+            brought = [one for one in self.orders if one.parent_id == old.id and one.is_working]
+            old.close("replaced", ())
+        else:
+            same |= {"ticker": order.ticker, "action": "sell", "time_in_force": order.time_in_force}
+            same |= {"status": "held" if order.action == "buy" else "open"}
+            brought = [PlacedOrder(**same, **leg) for leg in wanted.legs]
+        db.session.add(order)
+        db.session.flush()  # Which gives it its id.
+        for one in brought:
+            one.parent_id, one.quantity = order.id, order.quantity
+            db.session.add(one)
+        db.session.flush()
+        self.orders = [*(one for one in self.orders if one not in brought), order, *brought]
+        return order, brought
+
+    def fill_at_once(
+        self, order: PlacedOrder, passed: Passed, quote: Quote, holding: Holding, costs: Costs
+    ) -> None:
+        """Fill an order that is being placed, if the market is there already, and for no other price."""
+        market_price = quote.price if order.order_type == "market" else order.due_price(passed)
+        if market_price is None:
+            return
+        price = quote.price
+        if not order.is_limit:
+            if order.limit_price and order.is_jumped_over(price):
+                order.is_triggered = True
+                return
+            price = order.within_limit(costs.slipped(order.action, price), order.limit_price)
+        self.fill_placed(order, price, quote, holding, costs)
+
+    def fill_placed(
+        self, order: PlacedOrder, price: Decimal, quote: Quote, holding: Holding, costs: Costs
+    ) -> Trade:
+        """Book the trade that fills `order`, out of what was held back for it."""
+        orders, pair = self.orders, order.pair_among(self.orders)
+        self.orders = [other for other in orders if other not in (order, pair)]
+        try:
+            trade = self.exchange(order.action, order.quantity, price, quote, holding, costs)
+        finally:
+            self.orders = orders
+        trade.order_id = order.id
+        self.book(trade, holding, f"order {uuid4()}")
+        order.trade_id, order.price = trade.id, price
+        order.close("filled", orders)
+        return trade
+
+    def hold_back(self, order: PlacedOrder, holding: Holding, costs: Costs) -> None:
+        """Reserve what the fill of `order` may need, so that no fill ever fails for it.
+
+        A purchase: what it costs at its worst price. A sale: its shares, and what the least commission may
+        take beyond what it brings at its own price; two that cancel each other hold back once.
+        """
+        if order.action == "buy":
+            total = value_of(order.quantity, order.limit, ROUND_CEILING)
+            order.commission = costs.commission(total)
+            self.need_cash(total + order.commission)
+            order.reserved_cash = total + order.commission
+            return
+        if order.status == "open":
+            self.need_shares(order.quantity, holding, order.group)
+        most, sales = Decimal(0), [o for o in self.orders if o.group == order.group and o.action == "sell"]
+        sales = [sale for sale in sales if sale.is_working]
+        for sale in sales:
+            brings = value_of(sale.quantity, sale.own_price)
+            sale.commission, sale.reserved_cash = costs.commission(brings), Decimal(0)
+            most = max(most, sale.commission - brings)
+        self.need_cash(most)
+        sales[0].reserved_cash = most
+
+    def replace(
+        self,
+        order: PlacedOrder,
+        changed: ChangedOrder,
+        quote: Quote | Refused,
+        costs: Costs,
+        day: date,
+        **own,
+    ) -> PlacedOrder:
+        """Put a new order in the place of `order`, different by `changed`."""
+        if order.order_type == "trailing_stop":
+            raise Refused("not_replaceable", "A trailing order is canceled and placed anew instead.")
+        changes = changed.model_dump(exclude_none=True)
+        if order.parent_id and "quantity" in changes:
+            raise invalid([{"field": "quantity", "message": "follows that of the order that brought it"}])
+        brought = [one for one in self.orders if one.parent_id == order.id and one.is_working]
+        wanted = checked(NewOrder, order.as_asked(brought) | changes)
+        for pair in self.orders:
+            if pair is not order and pair.group == order.parent_id and pair.is_working:
+                gain, loss = (wanted, pair) if wanted.order_type == "limit" else (pair, wanted)
+                if gain.limit_price <= loss.stop_price:
+                    raise invalid([{"field": "body", "message": "take_profit must be above stop_loss"}])
+        return self.place(wanted, quote, costs, day, old=order, **own)
+
+    def cancel(self, *orders: PlacedOrder) -> None:
+        """Close `orders`, and what hangs on them."""
+        for order in orders:
+            if order.is_working:
+                order.close("canceled", self.orders)
+        self.are_settled(self.settled_at)
+
+    def settle(self, steps: Iterable[Step], day_of: DayOf, costs: Costs, moment: datetime) -> list[Trade]:
+        """Show what has passed by `moment` to the working orders, and book what is due; answers the trades.
+
+        All was held back, so a fill is refused only for a limit of the books, or a least commission above
+        all the cash: then the order is canceled for that reason.
+        """
+        trades = []
+        for order, passed, market_price in settle(self.orders, steps, day_of):
+            holding = self.holding(order.ticker)
+            price = order.own_price
+            if not order.is_limit:
+                price = order.within_limit(costs.slipped(order.action, market_price), order.limit)
+            quote = Quote(
+                ticker=order.ticker, price=market_price, source=passed.source, market_time=passed.market_time
+            )
+            try:
+                trades.append(self.fill_placed(order, price, quote, holding, costs))
+            except Refused as refusal:
+                order.close("canceled", self.orders, refusal.detail)
+        self.are_settled(moment)
+        return trades
+
+    def are_settled(self, moment: datetime) -> None:
+        """Write down until when its working orders have seen the prices, if there are any."""
+        self.will_change()
+        self.settled_at = moment if any(order.is_working for order in self.orders) else None
 
     # The database.
 
@@ -825,9 +1045,9 @@ class Account(db.Model):
 
         The account's row is locked first and all is read after that, so whoever comes second waits and then
         sees what the first one did; a join in the locking statement would still see the holding as it was
-        before the wait. What else a trade needs is read along: its `holding` in `ticker`, and which trade was
-        booked under `order_key` in this run (`earlier`). `Refused` if the API key is no longer the one with
-        this hash.
+        before the wait. What else a trade needs is read along: what it holds of `ticker`, and the numbers of
+        the trade and of the order that came under `order_key` in this run. `Refused` if the API key is no
+        longer the one with this hash. The account is not the session's: see `will_change`.
         """
         own = {"owner": user_id, "key_hash": key_hash, "held_ticker": ticker, "order_key": order_key}
         is_locked = db.engine.dialect.name == "sqlite"  # All of it, by BEGIN IMMEDIATE.
@@ -837,8 +1057,31 @@ class Account(db.Model):
             raise unauthorized()
         columns = found[0]._asdict()
         held = {name: columns.pop(name) or Decimal(0) for name in ("quantity", "cost_basis")}
-        earlier, account = columns.pop("earlier"), cls(**columns)
-        account.holding, account.earlier = Holding(user_id=user_id, ticker=ticker, **held), earlier
+        earlier = {name: columns.pop(name) for name in ("earlier_trade", "earlier_order")}
+        account = cls(**columns)
+        account.earlier_trade, account.earlier_order = earlier.values()
+        account.held = {ticker: Holding(user_id=user_id, ticker=ticker, **held)}
+        account.orders = PlacedOrder.working(user_id) if account.settled_at else []
+        return account
+
+    def holding(self, ticker: str) -> Holding:
+        """What this locked account has of `ticker`; always the same object."""
+        if ticker not in self.held:
+            own = sa.select(Holding.quantity, Holding.cost_basis)
+            row = db.session.execute(own.filter_by(user_id=self.user_id, ticker=ticker)).first()
+            none = Holding.none(self.user_id, ticker)
+            self.held[ticker] = Holding(user_id=self.user_id, ticker=ticker, **row._asdict()) if row else none
+        return self.held[ticker]
+
+    @classmethod
+    def with_orders(cls, user_id: int) -> "Account":
+        """The account and its working orders, of one moment, unlocked."""
+        both = sa.select(cls, PlacedOrder).outerjoin(
+            PlacedOrder, (PlacedOrder.user_id == cls.user_id) & PlacedOrder.closed_at.is_(None)
+        )
+        rows = db.session.execute(both.where(cls.user_id == user_id).order_by(PlacedOrder.id)).all()
+        account = rows[0][0]
+        account.orders = [order for _, order in rows if order]
         return account
 
     def book(self, trade: Trade, holding: Holding, order_key: str) -> None:
@@ -853,7 +1096,8 @@ class Account(db.Model):
             write_holding = INSERT_HOLDING  # There was none before.
         else:
             write_holding = UPDATE_HOLDING
-        values = vars(trade) | {"owner": self.user_id, "held_ticker": trade.ticker}
+        values = dict.fromkeys(TRADE_COLUMNS) | vars(trade)  # What was not set is NULL, as in a session.
+        values |= {"owner": self.user_id, "held_ticker": trade.ticker}
         values |= {"held": holding.quantity, "cost_basis": holding.cost_basis}
         writes = [UPDATE_CASH, write_holding, INSERT_TRADE]
         trade.id = send(db.session.connection().connection, *writes, **values)[0].id
@@ -870,7 +1114,14 @@ class Account(db.Model):
             raise unauthorized()
         own, *holdings = found
         columns = {"user_id": user_id} | {name: getattr(own, name) for name in BALANCE_NAMES}
-        return cls(**columns), holdings
+        account = cls(**columns)
+        if account.settled_at:
+            with snapshot():
+                account = cls.with_orders(user_id)
+                holdings = db.session.execute(
+                    sa.select(*HOLDING).filter_by(user_id=user_id).order_by("ticker")
+                ).all()
+        return account, holdings
 
     def portfolio(self, holdings: Sequence, quotes: dict[str, Quote]) -> PortfolioAnswer:
         """The account valued at `quotes`: dollars, profit and loss, and percentages of the cost.
@@ -879,7 +1130,11 @@ class Account(db.Model):
         holding is worth what selling it would bring.
         """
         quotes = {ticker: quote for ticker, quote in quotes.items() if quote.currency == "USD"}
-        rows = [Holding.to_dict(holding, quotes.get(holding.ticker)) for holding in holdings]
+        reserved = {order.ticker: self.reserved_shares(order.ticker) for order in self.orders}
+        rows = [
+            Holding.to_dict(one, quotes.get(one.ticker), reserved.get(one.ticker, Decimal(0)))
+            for one in holdings
+        ]
         cost = sum((row["cost_basis"] for row in rows), Decimal(0))
         realized = self.cash_balance + cost - self.starting_cash
         values = [row["market_value"] for row in rows]
@@ -898,15 +1153,16 @@ class Account(db.Model):
 
     def will_change(self) -> None:
         """Have the session write what is changed of it from here on, as if it had read it."""
-        make_transient_to_detached(self)
-        db.session.add(self)
+        if self not in db.session:
+            make_transient_to_detached(self)
+            db.session.add(self)
 
     def start_over(self, cash: Decimal, market_time: datetime) -> None:
         """End this run and begin the next with `cash` dollars and no holdings. The trades stay."""
         ended = {"starting_cash": self.starting_cash, "cash_balance": self.cash_balance, "ended_at": now()}
         db.session.add(Run(user_id=self.user_id, run=self.run, market_time=market_time, **ended))
         db.session.execute(sa.delete(Holding).filter_by(user_id=self.user_id))
-        self.will_change()
+        self.cancel(*self.orders)
         self.run += 1
         self.cash_balance = self.starting_cash = cash
 
@@ -1101,21 +1357,24 @@ class Books:
 HAS_THE_KEY = (User.api_key_hash == bindparam("key_hash")) & User.closed_at.is_(None)
 OWN_ACCOUNT = Account.user_id == bindparam("owner")
 OWN_HOLDING = (Holding.user_id == bindparam("owner")) & (Holding.ticker == bindparam("held_ticker"))
-UNDER_KEY = (
-    (Trade.user_id == bindparam("owner"))
-    & (Trade.run == Account.run)
-    & (Trade.idempotency_key == bindparam("order_key"))
+TRADE_UNDER_KEY, ORDER_UNDER_KEY = (
+    (booked.user_id == bindparam("owner"))
+    & (booked.run == Account.run)
+    & (booked.idempotency_key == bindparam("order_key"))
+    for booked in (Trade, PlacedOrder)
 )
 ACCOUNT, TRADE_COLUMNS = Account.__table__.columns, Trade.__table__.columns.keys()
 
 ACCOUNT_WITH_KEY = sa.select(*ACCOUNT).join(User).where(HAS_THE_KEY)
 LOCK_ACCOUNT = sa.select(Account.user_id).where(OWN_ACCOUNT).with_for_update()
 LOCKED_ACCOUNT = (
-    sa.select(*ACCOUNT, Holding.quantity, Holding.cost_basis, Trade.id.label("earlier"))
+    sa.select(*ACCOUNT, Holding.quantity, Holding.cost_basis)
+    .add_columns(Trade.id.label("earlier_trade"), PlacedOrder.id.label("earlier_order"))
     .select_from(Account)
     .join(User)
     .outerjoin(Holding, OWN_HOLDING)
-    .outerjoin(Trade, UNDER_KEY)
+    .outerjoin(Trade, TRADE_UNDER_KEY)
+    .outerjoin(PlacedOrder, ORDER_UNDER_KEY)
     .where(OWN_ACCOUNT, HAS_THE_KEY)
 )
 HELD = {"quantity": bindparam("held"), "cost_basis": bindparam("cost_basis")}

@@ -11,17 +11,18 @@ import logging
 import re
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal, InvalidOperation
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from math import ceil
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from urllib.parse import quote as escaped
 from zoneinfo import ZoneInfo
@@ -29,8 +30,19 @@ from zoneinfo import ZoneInfo
 import requests
 from urllib3.exceptions import HTTPError
 
-from messages import ORDER_LIMIT, SHARE_CLASS, Refused, checked_decimal
-from models import Account, Pin, Quote, Trade, bad_price, now, rounded
+from messages import (
+    ORDER_LIMIT,
+    SHARE_CLASS,
+    TIMEFRAMES,
+    BarOptions,
+    Refused,
+    checked_decimal,
+    invalid,
+    now,
+    rounded,
+)
+from models import Account, Pin, Quote, Trade, bad_price
+from orders import Passed, Step
 from recorded import EPOCH, FIELDS, VOLUME_LIMIT, Bar, read
 
 log = logging.getLogger(__name__)
@@ -52,11 +64,20 @@ BAD_SECONDS = 60
 CACHE_SIZE = 5_000
 """Tickers in the cache of one process."""
 
-ANSWER_BYTES = 1_000_000
-"""A longer answer is no price."""
+BARS_HELD = 100_000
+"""Past bars in the memory of one process: about 70 MB."""
+
+ANSWER_BYTES = 4_000_000
+"""A longer answer is no price. Past bars take 100 bytes each, and Yahoo has 25,000 days of some."""
 
 TOO_LONG = 63
 """How curl says so: CURLE_FILESIZE_EXCEEDED."""
+
+
+COIN = r"([A-Z0-9]+)-([A-Z]{3})"
+"""A coin and the currency that it is priced in."""
+
+NEW_YORK = ZoneInfo("America/New_York")
 
 
 class SourceFailed(Exception):
@@ -146,6 +167,43 @@ def latest(prices: list[tuple[datetime, Decimal]], moment: datetime) -> Decimal 
     return prices[past - 1][1] if past else None
 
 
+DAY = TIMEFRAMES["1d"]
+A_MONDAY = datetime.min.replace(tzinfo=UTC)
+"""The year 1 began on one; so do weeks."""
+
+AS_THEY_ARE = timedelta.resolution
+"""The step of bars that are not put together: each begins where it begins."""
+
+
+def last_bars(bars: list[Bar], step: timedelta, clock: datetime, asked: BarOptions) -> list[Bar]:
+    """The last of those `asked` for that can be put together from `bars`, one for each `step`, up to `clock`.
+
+    `bars` are ordered by time. No more of them is looked at than what is answered is made of.
+    """
+
+    def begins(bar: Bar) -> datetime:
+        return bar.timestamp - (bar.timestamp - A_MONDAY) % step
+
+    time_of, found = attrgetter("timestamp"), []
+    last = bisect_right(bars, clock, key=time_of)
+    if asked.end:
+        last = bisect_left(bars, asked.end, hi=last, key=begins)
+    while last and len(found) < asked.limit:
+        begin = begins(bars[last - 1])
+        if asked.start and begin < asked.start:
+            break
+        first = bisect_left(bars, begin, hi=last, key=time_of)
+        found.append(joined(begin, bars[first:last]))
+        last = first
+    return found[::-1]
+
+
+def joined(begin: datetime, bars: list[Bar]) -> Bar:
+    """The one bar that `bars` make, which follow each other."""
+    high, low = max(bar.high for bar in bars), min(bar.low for bar in bars)
+    return Bar(begin, bars[0].open, high, low, bars[-1].close, sum(bar.volume for bar in bars))
+
+
 PastPrice = Callable[[str, datetime, datetime], Decimal | None]
 """`price(ticker, moment, market_time)`: dollars, or None where nothing is known."""
 
@@ -181,11 +239,13 @@ class LiveMarket:
     def __init__(self, app, sources: list["Source"], hold_seconds: int, max_age_days: int):
         self.app = app
         self.sources = sources
+        self.yahoo = next((source for source in sources if isinstance(source, Yahoo)), None)
         self.hold = timedelta(seconds=hold_seconds)
         self.max_age = timedelta(days=max_age_days)
         self.held: dict[str, Quote] = {}
+        self.held_bars: dict[BarsQuestion, tuple[list[Bar] | str, datetime]] = {}
         self.refused: dict[str, tuple[str, datetime]] = {}
-        self.asking: dict[str, Future] = {}
+        self.asking: dict[str | BarsQuestion, Future] = {}
         self.lock = threading.RLock()
         self.threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="price")
         self.hits = self.misses = 0
@@ -198,17 +258,17 @@ class LiveMarket:
         too small. A ticker that was ever priced keeps its last price in all cases but one: that the first
         source did not answer.
         """
-        quote = self.held_quote(ticker)
-        if quote:
-            return quote
-        question = self.ask(ticker)
         try:
-            return question.result(QUESTION_SECONDS)
+            return self.held_quote(ticker) or self.waited_for(self.ask(ticker), ticker)
         except Refused as refusal:
             return refusal
+
+    def waited_for(self, question: Future, ticker: str):
+        try:
+            return question.result(QUESTION_SECONDS)
         except (TimeoutError, CancelledError):
             question.cancel()  # If no thread has come to it by now, none needs to.
-            return no_price(ticker)
+            raise no_price(ticker) from None
 
     def quotes(self, tickers: list[str], account=None) -> dict[str, Quote]:
         """The quotes of those `tickers` that can be had in two seconds, asked for side by side."""
@@ -243,14 +303,15 @@ class LiveMarket:
         self.misses += 1
         return None
 
-    def ask(self, ticker: str) -> Future:
-        """The question about `ticker` that is under way, or a new one."""
+    def ask(self, about: "str | BarsQuestion", find: Callable | None = None) -> Future:
+        """The question `about` a ticker, or its bars, that is under way, or a new one."""
         with self.lock:
-            question = self.asking.get(ticker)
+            question = self.asking.get(about)
             if question is None:
                 in_this_request = copy_context().run  # So that a log line over there carries its id.
-                question = self.asking[ticker] = self.threads.submit(in_this_request, self.find, ticker)
-                question.add_done_callback(lambda _: self.asking.pop(ticker))
+                question = self.threads.submit(in_this_request, find or self.find, about)
+                self.asking[about] = question
+                question.add_done_callback(lambda _: self.asking.pop(about))
             return question
 
     def find(self, ticker: str) -> Quote:
@@ -319,8 +380,78 @@ class LiveMarket:
         first.retry_after = min(getattr(failure, "retry_after", BAD_SECONDS) for failure in failures)
         raise first
 
+    def past_bars(self, ticker: str, asked: BarOptions, account=None) -> list[Bar]:
+        """The last of Yahoo's bars `asked` for, in the ticker's own currency; raises `Refused`.
+
+        What Yahoo answers is held as long as a quote, for all questions that reach back as far.
+        """
+        if not self.yahoo:
+            sentence = "Past prices are Yahoo's, which is not among this server's PRICE_SOURCES."
+            raise Refused("price_unavailable", sentence, ticker=ticker, retry_after=BAD_SECONDS)
+        weeks = asked.timeframe == "1w"  # Put together from days: Yahoo's own may begin on any day.
+        about = ticker, "1d" if weeks else asked.timeframe, days_back(asked)
+        found, until = self.held_bars.get(about, ([], EPOCH))
+        if until <= now():
+            found, until = self.waited_for(self.ask(about, self.find_bars), ticker)
+        if isinstance(found, str):
+            raise refusal_of(ticker, found, until)
+        return last_bars(found, TIMEFRAMES["1w"] if weeks else AS_THEY_ARE, now(), asked)
+
+    def find_bars(self, about: "BarsQuestion") -> tuple[list[Bar] | str, datetime]:
+        """Yahoo's bars, or the code of its refusal, and until when they hold."""
+        try:
+            answer = self.yahoo.unless_it_rests(self.yahoo.bars, *about), now() + self.hold
+        except (NoSuchTicker, BadAnswer) as verdict:
+            answer = verdict.code, now() + timedelta(seconds=BAD_SECONDS)
+        except SourceFailed as failure:
+            raise no_price(about[0], failure.retry_after) from None
+        with self.lock:
+            self.held_bars.pop(about, None)
+            self.held_bars[about] = answer
+            while sum(len(found) + 1 for found, _ in self.held_bars.values()) > BARS_HELD:
+                del self.held_bars[next(iter(self.held_bars))]
+        return answer
+
     def time(self, account=None) -> datetime:
         return now()
+
+    def has_moved(self, account: Account) -> bool:
+        """Whether there are prices that its open orders have not seen; asks for those that ran out."""
+        moment, seen = now(), {}
+        for order in account.orders:
+            if order.time_in_force == "day" and self.day(order.ticker, moment) != order.day:
+                return True
+            if order.status == "open":
+                seen[order.ticker] = order.quote_number
+        return any(quote.number > seen[t] for t, quote in self.quotes(list(seen)).items())
+
+    def passed(self, account: Account, moment: datetime) -> list[Step]:
+        """Each quote that was published since the account's open orders saw one, in the order of time."""
+        seen = {order.ticker: order.quote_number for order in account.orders if order.status == "open"}
+        quotes = [
+            (quote.timestamp, {quote.ticker: self.passed_at(quote)})
+            for quote in Quote.after(seen)
+            if quote.currency == "USD"
+        ]
+        return [*quotes, (moment, {})]  # By which a day may have ended.
+
+    @staticmethod
+    def passed_at(quote: Quote) -> Passed:
+        return Passed(
+            quote.market_time or quote.timestamp,
+            *[quote.price] * 3,
+            quote.source,
+            quote.number,
+            only_for_sales=quote.stale,
+        )
+
+    def day(self, ticker: str, moment: datetime) -> date:
+        """The day of trading in `ticker`: a coin's is UTC's, a share's ends at 16:00 in New York."""
+        if re.fullmatch(COIN, ticker):
+            return moment.date()
+        day = (moment.astimezone(NEW_YORK) + timedelta(hours=8)).date()
+        weekend = {5: 2, 6: 1}  # What is placed then waits for Monday.
+        return day + timedelta(days=weekend.get(day.weekday(), 0))
 
     def past(self, user_id: int, tickers: Iterable[str]) -> PastPrice:
         """What a ticker cost at some moment: the last quote that any process had published by then."""
@@ -360,22 +491,25 @@ class Source:
         self.lock, self.finding_out = threading.Lock(), threading.Lock()
 
     def quote(self, ticker: str) -> Quote:
+        return self.unless_it_rests(self.ask, ticker)
+
+    def unless_it_rests(self, ask: Callable, ticker: str, *more):
         """Ask, unless it rests; after a rest one question at a time finds out whether it is back."""
         seconds = self.rests_until - time.monotonic()
         if seconds > 0:
             raise NotAsked("it rests", ceil(seconds))
         if not self.is_in_doubt:
-            return self.counted(ticker)
+            return self.counted(ask, ticker, *more)
         if not self.finding_out.acquire(blocking=False):
             raise NotAsked("it rests")
         try:
-            return self.counted(ticker)
+            return self.counted(ask, ticker, *more)
         finally:
             self.finding_out.release()
 
-    def counted(self, ticker: str) -> Quote:
+    def counted(self, ask: Callable, ticker: str, *more):
         try:
-            quote = self.ask(ticker)
+            answer = ask(ticker, *more)
         except NoSuchTicker:
             self.is_there(answers=1)
             raise
@@ -385,7 +519,7 @@ class Source:
             self.note(ticker, failure)
             raise
         self.is_there(answers=1)
-        return quote
+        return answer
 
     def is_there(self, answers: int = 0) -> None:
         with self.lock:
@@ -476,7 +610,7 @@ class Yahoo(Source):
 
     def ask(self, ticker: str) -> Quote:
         try:
-            meta = self.chart(ticker, "1d")["meta"]
+            meta = self.chart(ticker, range="1d", interval="1d")["meta"]
             seen = since_1970(meta.get("regularMarketTime"))
             return priced(ticker, meta["regularMarketPrice"], meta["currency"], self.name, seen)
         except (KeyError, TypeError, AttributeError):
@@ -488,31 +622,41 @@ class Yahoo(Source):
         Each has its open, high, low and close in dollars (only the close is never None) and its volume. A
         day is the exchange's own, and of two answers for one day the last counts.
         """
-        chart = self.chart(ticker, period)
+        chart = self.chart(ticker, range=period, interval="1d")
         try:
-            meta, moments, columns = chart["meta"], chart["timestamp"], chart["indicators"]["quote"][0]
-            if meta["currency"] != "USD":
-                raise SourceFailed(f"{ticker} is quoted in {meta['currency']}, not in USD")
-            zone, unknown = zone_of(meta), [None] * len(moments)
-            lists = [columns.get(field) or unknown for field in FIELDS]
-            # Which day is which in a list of another length, nobody knows.
-            lists = [values if len(values) == len(moments) else unknown for values in lists]
-            bars, odd = {}, 0
-            for at, *prices, volume in zip(moments, *lists, strict=True):
-                if prices[-1] is None:
-                    continue
-                day = (EPOCH + timedelta(seconds=int(at))).astimezone(zone).date()
-                prices = [price_meant(price) for price in prices]
-                if prices[-1] is None:
+            currency, bars, odd = chart["meta"]["currency"], {}, 0
+            if currency != "USD":
+                raise SourceFailed(f"{ticker} is quoted in {currency}, not in USD")
+            for moment, numbers in candles(chart):
+                if numbers[CLOSE] is None:
                     odd += 1
-                    continue
-                sold = isinstance(volume, Decimal) and 0 <= volume < VOLUME_LIMIT
-                bars[day] = [*prices, rounded(volume) if sold else Decimal(0)]
-        except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
+                else:
+                    bars[moment.date()] = numbers
+        except STRANGE:
             raise SourceFailed("its answer has no prices") from None
         if not bars:
             raise SourceFailed("its answer has no prices")
         return bars, odd
+
+    def bars(self, ticker: str, timeframe: str, days: int) -> list[Bar]:
+        """The bars of the last `days` that have a price, in the ticker's own currency.
+
+        A day is the exchange's own, at T00:00:00Z. Of two answers for one time the last counts, and what
+        begins between two minutes is no bar but the price of now.
+        """
+        until, bars, midnight = int(time.time()), {}, datetime.min.time()
+        chart = self.chart(ticker, period1=until - days * 86_400, period2=until, interval=timeframe)
+        try:
+            for moment, (open, high, low, close, volume) in candles(chart):
+                begin = moment.astimezone(UTC)
+                if timeframe == "1d":
+                    begin = datetime.combine(moment.date(), midnight, UTC)
+                if close and not begin.second:
+                    prices = [price or close for price in (open, high, low, close)]
+                    bars[begin] = Bar(begin, prices[0], max(prices), min(prices), close, volume)
+        except STRANGE:
+            raise BadAnswer("its answer has no bars") from None
+        return sorted(bars.values())
 
     @contextmanager
     def turn(self):
@@ -535,10 +679,10 @@ class Yahoo(Source):
         finally:
             self.first_turn.release()
 
-    def chart(self, ticker: str, period: str) -> dict:
+    def chart(self, ticker: str, **period: str | int) -> dict:
         try:
             with self.turn():
-                response = self.session.get(self.URL + escaped(ticker), {"range": period, "interval": "1d"})
+                response = self.session.get(self.URL + escaped(ticker), period)
         except SourceFailed:
             raise
         except Exception as error:  # yfinance raises whatever it stumbles over in a strange answer.
@@ -576,7 +720,7 @@ class AlphaVantage(Source):
         self.api_key = api_key
 
     def ask(self, ticker: str) -> Quote:
-        coin = re.fullmatch(r"([A-Z0-9]+)-([A-Z]{3})", ticker)
+        coin = re.fullmatch(COIN, ticker)
         if coin:
             answer = self.answer_to(
                 function="CURRENCY_EXCHANGE_RATE", from_currency=coin[1], to_currency=coin[2]
@@ -629,6 +773,47 @@ class AlphaVantage(Source):
         return answer
 
 
+BarsQuestion = tuple[str, str, int]
+"""What Yahoo is asked for: the ticker, the timeframe, and for how many days back."""
+
+YAHOO_HAS = {"1m": 7, "5m": 59, "15m": 59, "1h": 729}
+"""Days of such bars in one request; it refuses those that reach further back. Of days it has all."""
+
+
+def days_back(asked: BarOptions) -> int:
+    """How many days back to ask Yahoo for, a power of two, so that similar questions share an answer.
+
+    Shares trade a quarter of the hours of two days in three, and ten days of holidays are the most.
+    """
+    step = TIMEFRAMES[asked.timeframe]
+    back = asked.limit * step * (2 if step >= DAY else 8) + 10 * DAY
+    back += max(now() - (asked.end or now()), timedelta(0))
+    if asked.start:
+        back = min(back, now() - asked.start)
+    return min(1 << max(back.days, 7).bit_length(), YAHOO_HAS.get(asked.timeframe, 36_000))
+
+
+CLOSE = FIELDS.index("close")
+STRANGE = (LookupError, AttributeError, TypeError, ValueError, ArithmeticError)
+"""What is raised over a chart that is not made as Yahoo makes them."""
+
+
+def candles(chart: dict) -> Iterator[tuple[datetime, list[Decimal | None]]]:
+    """The rows of a chart that have a close: when each begins, by the exchange's clock, and its open, high,
+    low, close and volume. A price that the books cannot have is None.
+    """
+    moments, columns = chart.get("timestamp", []), chart["indicators"]["quote"][0]
+    zone, unknown = zone_of(chart["meta"]), [None] * len(moments)
+    lists = [columns.get(field) or unknown for field in FIELDS]
+    # Which row is which in a list of another length, nobody knows.
+    lists = [values if len(values) == len(moments) else unknown for values in lists]
+    for at, *prices, volume in zip(moments, *lists, strict=True):
+        if prices[-1] is not None:
+            moment = (EPOCH + timedelta(seconds=int(at))).astimezone(zone)
+            is_volume = isinstance(volume, Decimal) and 0 <= volume < VOLUME_LIMIT
+            yield moment, [*map(price_meant, prices), rounded(volume) if is_volume else Decimal(0)]
+
+
 def zone_of(meta: dict) -> tzinfo:
     """The exchange's clock: by the name of its zone, or where this machine has none of that name by the
     offset that it has today.
@@ -674,6 +859,16 @@ BAR_SECONDS = 60
 """The sample market moves on by one recorded bar a minute, and begins again after the last."""
 
 
+def minute_of(moment: datetime) -> int:
+    """How many bars the wall clock has shown since 1970."""
+    return int(moment.timestamp()) // BAR_SECONDS
+
+
+def step_of(bars: list[Bar]) -> timedelta:
+    """How far apart two of `bars` are at the least; a single one counts as a day's."""
+    return min((later.timestamp - bar.timestamp for bar, later in pairwise(bars)), default=DAY)
+
+
 class SampleMarket:
     """Recorded prices, as a pure function of the clock: every process and restart agrees on them.
 
@@ -688,6 +883,7 @@ class SampleMarket:
     def __init__(self, path: Path = SAMPLE_FILE):
         self.series: dict[str, list[Bar]] = read(path)
         self.bars: list[datetime] = sorted({bar.timestamp for bars in self.series.values() for bar in bars})
+        self.spacing = {ticker: step_of(bars) for ticker, bars in self.series.items()}
 
     def bar_at(self, moment: datetime) -> datetime:
         """The last bar that is not after `moment`, or the first one."""
@@ -708,7 +904,60 @@ class SampleMarket:
         return self.clock(account) or self.bar_shown(now())
 
     def bar_shown(self, moment: datetime) -> datetime:
-        return self.bars[int(moment.timestamp()) // BAR_SECONDS % len(self.bars)]
+        return self.bars[minute_of(moment) % len(self.bars)]
+
+    def has_moved(self, account: Account) -> bool:
+        """Whether there are prices that the account's open orders have not seen."""
+        return not account.market_clock and minute_of(now()) > minute_of(account.settled_at)
+
+    def passed(self, account: Account, moment: datetime) -> Iterator[Step]:
+        """The bars that the wall clock has shown since the account's open orders saw one, until `moment`."""
+        first, last = minute_of(account.settled_at) + 1, minute_of(moment)
+        minutes = () if account.market_clock else range(first, last + 1)
+        return self.steps(account, (self.bars[minute % len(self.bars)] for minute in minutes))
+
+    def bars_between(self, account: Account, bar: datetime) -> Iterator[Step]:
+        """The bars that the account's clock passes on its way from where it stands to `bar`."""
+        first, last = bisect_right(self.bars, self.clock(account)), bisect_right(self.bars, bar)
+        return self.steps(account, self.bars[first:last])
+
+    def steps(self, account: Account, bars: Iterable[datetime]) -> Iterator[Step]:
+        """What the tickers of the account's open orders cost in each of `bars`: the row of the file, if it
+        has one, or what the account has pinned.
+        """
+        tickers, pins = {order.ticker for order in account.orders}, account.pins
+        known = {}  # The clock may pass a bar a thousand times.
+        for bar in bars:
+            if bar not in known:
+                passed = {ticker: self.passed_in(ticker, bar, pins.get(ticker)) for ticker in tickers}
+                known[bar] = {ticker: prices for ticker, prices in passed.items() if prices}
+            yield bar, known[bar]
+
+    def passed_in(self, ticker: str, bar: datetime, pin: Decimal | None) -> Passed | None:
+        if pin:
+            return Passed(bar, pin, pin, pin, self.name)
+        row = self.row(ticker, bar)
+        return row and row.timestamp == bar and Passed(bar, row.open, row.high, row.low, self.name) or None
+
+    def landing(self, account: Account, moment: datetime) -> list[Step]:
+        """The bar to which the clock has jumped: one price for each ticker, its close or what is pinned."""
+        bar, pins, passed = self.clock(account) or self.bar_shown(moment), account.pins, {}
+        for ticker in {order.ticker for order in account.orders}:
+            row = self.row(ticker, bar)
+            price = pins.get(ticker) or (row and row.timestamp == bar and row.close)
+            if price:
+                passed[ticker] = Passed(bar, price, price, price, self.name)
+        return [(bar, passed)]
+
+    def pinned(self, account: Account, ticker: str, moment: datetime) -> list[Step]:
+        """The one price that a ticker has from now on, as it was pinned or let go."""
+        bar = self.clock(account) or self.bar_shown(moment)
+        price = account.pins.get(ticker) or self.price(ticker, bar)
+        return [(bar, {ticker: Passed(bar, price, price, price, self.name)})] if price else []
+
+    def day(self, ticker: str, moment: datetime) -> date:
+        """The day of the market in which a bar falls."""
+        return moment.date()
 
     def look_up(self, ticker: str, account: Account) -> Quote | Refused:
         """The price of `ticker` in dollars at the account's clock, or what the account pinned it at."""
@@ -775,11 +1024,29 @@ class SampleMarket:
 
         return price
 
-    def price(self, ticker: str, bar: datetime) -> Decimal | None:
-        """What `ticker` cost last at `bar`, in dollars."""
+    def row(self, ticker: str, bar: datetime) -> Bar | None:
+        """The last row of `ticker` at `bar` or before."""
         bars = self.series.get(ticker, [])
         past = bisect_right(bars, bar, key=itemgetter(0))
-        return bars[past - 1].close if past else None
+        return bars[past - 1] if past else None
+
+    def price(self, ticker: str, bar: datetime) -> Decimal | None:
+        """What `ticker` cost last at `bar`, in dollars."""
+        row = self.row(ticker, bar)
+        return row and row.close
+
+    def past_bars(self, ticker: str, asked: BarOptions, account: Account) -> list[Bar]:
+        """The last of the recorded bars `asked` for, up to the account's clock; raises `Refused`."""
+        if ticker not in self.series:
+            raise no_such_ticker(ticker)
+        step, recorded = TIMEFRAMES[asked.timeframe], self.spacing[ticker]
+        if step < recorded:
+            there_are = ", ".join(name for name, step in TIMEFRAMES.items() if step >= recorded) or "none"
+            sentence = f"must not be finer than {ticker} is recorded; there are: {there_are}"
+            raise invalid([{"field": "timeframe", "message": sentence}])
+        if step == recorded < DAY:
+            step = AS_THEY_ARE  # The hours of an exchange may begin at half past.
+        return last_bars(self.series[ticker], step, self.time(account), asked)
 
     def health(self) -> dict:
         return {self.name: {"tickers": len(self.series), "bars": len(self.bars)}}

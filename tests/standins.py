@@ -35,6 +35,11 @@ NO_SUCH_TICKER = (
     '{"chart":{"result":null,"error":{"code":"Not Found",'
     '"description":"No data found, symbol may be delisted"}}}'
 )
+DAYS_OF_BARS = {"1m": 8, "5m": 60, "15m": 60, "1h": 730}
+REACHES_TOO_FAR = (
+    '{"chart":{"result":null,"error":{"code":"Unprocessable Entity",'
+    '"description":"data not available for startTime and endTime"}}}'
+)
 NO_SUCH_RATE = '{"Error Message": "Invalid API call. Please retry or visit the documentation."}'
 
 
@@ -73,6 +78,13 @@ class MarketStandIn:
         """
         self._yahoo[ticker.upper()] = Answer(price, **answer)
 
+    def bars(self, ticker: str, interval: str, *rows: tuple, zone="America/New_York"):
+        """Set Yahoo's bars of a ticker: when each begins, open, high, low, close, volume.
+
+        Times are datetimes, numbers are floats or None.
+        """
+        self._bars[ticker.upper(), interval] = zone, rows
+
     def yahoo_default(self, price="189.84", **answer):
         """Set Yahoo's answer for every ticker that has none of its own (else: no such ticker)."""
         self._yahoo_default = Answer(price, **answer)
@@ -101,6 +113,7 @@ class MarketStandIn:
         """Forget what was set and what was seen."""
         self._yahoo = {}
         self._yahoo_default = Answer(status=404)
+        self._bars = {}
         self._alphavantage = {}
         self._pypi = {}
         self.answer_again()
@@ -242,7 +255,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_text(200, "crumb", {"Content-Type": "text/plain"})
         elif path.startswith(CHART):
             ticker = unquote(path.removeprefix(CHART))
-            self.give(answers(ticker), lambda answer: chart(ticker, answer))
+            bars = self.server.market._bars.get((ticker.upper(), query.get("interval")), ("UTC", ()))
+            answer = answers(ticker)
+            if answer.body is None and answer.status == 200 and reaches_too_far(query):
+                answer = Answer(status=422, body=REACHES_TOO_FAR)
+            self.give(answer, lambda answer: chart(ticker, answer, query, *bars))
         elif path == "/v7/finance/quote":
             asked = [(ticker, answers(ticker)) for ticker in query.get("symbols", "").split(",")]
             known = ",".join(meta(*one) for one in asked if one[1].status == 200)
@@ -281,20 +298,35 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing: `MarketStandIn.requests` knows it all."""
 
 
-def chart(ticker: str, answer: Answer) -> str:
-    """The part of Yahoo's chart that carries a price, or why there is none, as Yahoo says it."""
+def reaches_too_far(query: dict[str, str]) -> bool:
+    """Whether Yahoo has no bars that are so fine for so many days."""
+    days = DAYS_OF_BARS.get(query["interval"], 99 * 366)
+    return "period1" in query and int(query["period1"]) < time.time() - days * 86_400
+
+
+def chart(ticker: str, answer: Answer, query: dict[str, str], zone: str, rows: tuple) -> str:
+    """Yahoo's chart: a price and the bars of a period, or why there are none, as Yahoo says it.
+
+    Where it has no bars it leaves their times out.
+    """
     if answer.status == 200:
-        return f'{{"chart":{{"result":[{{"meta":{meta(ticker, answer)}}}],"error":null}}}}'
+        rows = [row for row in rows if row[0].timestamp() >= int(query.get("period1", 0))]
+        times = {"timestamp": [int(row[0].timestamp()) for row in rows]} if rows else {}
+        fields = enumerate(("open", "high", "low", "close", "volume"), 1) if rows else ()
+        quote = {field: [row[column] for row in rows] for column, field in fields}
+        bars = json.dumps(times | {"indicators": {"quote": [quote]}}).removeprefix("{")
+        return f'{{"chart":{{"result":[{{"meta":{meta(ticker, answer, zone)},{bars}],"error":null}}}}'
     if answer.status == 404:
         return NO_SUCH_TICKER
     return HTTPStatus(answer.status).phrase  # "Too Many Requests" is what Yahoo says, as text
 
 
-def meta(ticker: str, answer: Answer) -> str:
+def meta(ticker: str, answer: Answer, zone="UTC") -> str:
     """The facts about a ticker, written by hand so that the price keeps its exact digits."""
     price = answer.price() if callable(answer.price) else answer.price
     kind = "CRYPTOCURRENCY" if ticker.upper().endswith("-USD") else "EQUITY"
     facts = {"currency": answer.currency, "symbol": ticker.upper(), "instrumentType": kind}
+    facts["exchangeTimezoneName"] = zone
     seen = int(time.time()) if answer.seen is None else answer.seen
     numbers = f', "regularMarketTime": {seen}, "regularMarketPrice": {price}}}'
     return json.dumps(facts).removesuffix("}") + numbers

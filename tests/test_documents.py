@@ -91,11 +91,14 @@ def test_the_sessions_in_the_readme_answer_as_printed(program):
         (define, _), *lines = sessions()
         define = define.replace("http://127.0.0.1:8000", server.url)
         assert len(lines) > 12
+        wrong = []
         for line, answer in lines:
             shell = subprocess.run(
                 ["bash", "-c", f"{define}\n{line}"], capture_output=True, text=True, timeout=30
             )
-            assert masked(shell.stdout) == masked(answer), line
+            if masked(shell.stdout) != masked(answer):
+                wrong.append(f"$ {line}\n{shell.stdout}")
+        assert not wrong, "The README would have to say:\n" + "".join(wrong)
 
 
 def test_the_first_lines_of_curl_can_be_pasted_one_by_one(program):

@@ -100,6 +100,9 @@ def test_every_route_answers_as_described(description, alice, server):
         "price/!",
         "price/A%2FB",
         "prices?tickers=IBM,NOPE",
+        "bars/IBM?timeframe=1w&limit=2",
+        "bars/IBM?timeframe=1m",
+        "bars/NOPE",
         "prices",
         "account/history",
         "rules",
@@ -121,6 +124,16 @@ def test_every_route_answers_as_described(description, alice, server):
     assert alice.order("buy", 1, "IBM", key="one").headers["Idempotent-Replayed"] == "true"
     assert alice.order("buy", 2, "IBM", key="one").status_code == 422
     alice.ask("POST", "/api/v1/trade?dry_run=true", json={"ticker": "IBM", "action": "buy", "quantity": 1})
+    resting = {"ticker": "IBM", "action": "buy", "quantity": 1, "order_type": "limit", "limit_price": 5}
+    placed = alice.ask("POST", "/api/v1/orders", json=resting | {"take_profit": {"limit_price": 9}}).json()
+    changed = alice.ask("PATCH", f"/api/v1/orders/{placed['id']}", json={"limit_price": 6}).json()
+    for path in ("orders", "orders.csv", f"orders/{changed['id']}", "orders/0"):
+        alice.ask("GET", f"/api/v1/{path}")
+    for order in (changed, changed, {"id": "0"}):
+        alice.ask("DELETE", f"/api/v1/orders/{order['id']}")
+    alice.ask("PATCH", f"/api/v1/orders/{placed['id']}", json={"limit_price": 6})
+    alice.ask("POST", "/api/v1/orders", json=resting)
+    alice.ask("DELETE", "/api/v1/orders")
     newest = alice.get("/api/v1/trades", limit=1)["trades"][0]["id"]
     paths = ("balance", "portfolio", f"trades/{newest}", "trades.csv", "account/history", "account/audit")
     for path in (*paths, "users", "balance?what=1", "account/history?run=9"):
@@ -150,8 +163,9 @@ def test_every_route_answers_as_described(description, alice, server):
 def without_drills(description: dict) -> dict:
     """The description less the header that asks for the 5xx which must not be found."""
     copy = simplejson.loads(simplejson.dumps(description))
-    trade = copy["paths"]["/api/v1/trade"]["post"]
-    trade["parameters"] = [p for p in trade["parameters"] if p["name"] != "X-Simulate-Fault"]
+    for path in ("/api/v1/trade", "/api/v1/orders"):
+        order = copy["paths"][path]["post"]
+        order["parameters"] = [p for p in order["parameters"] if p["name"] != "X-Simulate-Fault"]
     return copy
 
 
@@ -160,13 +174,15 @@ SCHEMATHESIS = """
 expected-statuses = [200, 201, 401, 403, 404, 409, 422]
 
 # Well formed, and refused for what it means: a page that is not one's own, a time that is not recorded, an
-# order without a size, tickers of which one is too long or a hundred too many.
+# order without a size or with a price that its type has not, tickers of which one is too long or a hundred
+# too many, bars finer than recorded.
 [[operations]]
 include-name = [
   "GET /api/v1/trades", "GET /api/v1/prices", "PUT /api/v1/market/clock", "POST /api/v1/trade",
+  "GET /api/v1/bars/{ticker}", "POST /api/v1/orders", "PATCH /api/v1/orders/{id}",
 ]
 [operations.checks.positive_data_acceptance]
-expected-statuses = [200, 400, 401, 403, 404, 409, 422]
+expected-statuses = [200, 201, 400, 401, 403, 404, 409, 422]
 """
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from messages import ACCOUNT_LIMIT, UNIT, Order, Refused, plain
-from models import Account, Costs, Holding, Quote, QuoteExpired, now
+from messages import ACCOUNT_LIMIT, UNIT, Order, Refused, now, plain
+from models import Account, Costs, Holding, Quote, QuoteExpired
 
 
 def account(cash="1000"):
