@@ -136,17 +136,17 @@ def order(chance, broker):
         body["trail_percent"] = written(chance.uniform(0.5, 6), chance.choice([0, 2, 8]) or 1)
     elif kind == "trailing_stop":
         body["trail_amount"] = near(chance, price / 30, 0.2, 2)
-    in_force = chance.choices(["gtc", "day", "ioc", "fok", None], [40, 22, 4, 4, 30])[0]
+    in_force = chance.choices(["gtc", "day", "ioc", "fok", None], [50, 12, 4, 4, 30])[0]
     body |= {"time_in_force": in_force} if in_force else {}
-    if action == "buy" and chance.random() < 0.5 or (kind == "limit" and chance.random() < 0.5):
+    if action == "buy" and chance.random() < 0.75 or (kind == "limit" and chance.random() < 0.5):
         body |= exits(chance, body, price)
     return "order", body
 
 
 def exits(chance, body, price) -> dict:
     entry = Fraction(body.get("limit_price") or body.get("stop_price") or price)
-    profit = {"take_profit": {"limit_price": near(chance, entry, 1.0, 1.05)}}
-    loss = {"stop_loss": {"stop_price": near(chance, entry, 0.95, 1.0)}}
+    profit = {"take_profit": {"limit_price": near(chance, entry, 1.0, 1.03)}}
+    loss = {"stop_loss": {"stop_price": near(chance, entry, 0.97, 1.0)}}
     if chance.random() < 0.3:
         loss["stop_loss"]["limit_price"] = near(chance, Fraction(loss["stop_loss"]["stop_price"]), 0.97, 1.0)
     if body["action"] == "sell":
@@ -206,7 +206,7 @@ def replace(chance, broker):
 
 
 def advance(chance, broker):
-    return "advance", chance.choice([1, 1, 2, 4, 8])
+    return "advance", chance.choice([1, 2, 4, 8])
 
 
 def jump(chance, broker):
@@ -243,10 +243,10 @@ def play(trader, operations, look) -> dict:
     `look(bars)` says how many bars to advance at a time, and may look at the account.
     """
     outcomes = [does(trader, look, *operation) for operation in operations]
-    orders = trader.all_orders()
-    numbers = {o["id"]: number for number, o in enumerate(orders, 1)}
     runs = range(1, 2 + sum(operation[0] == "reset" for operation in operations))
-    fills = [fill for run in runs for fill in reversed(trader.get("/trades", run=run, limit=500)["trades"])]
+    orders = trader.all_of("orders", runs, status="all")
+    numbers = {o["id"]: number for number, o in enumerate(orders, 1)}
+    fills = trader.all_of("trades", runs)
     balance = trader.get("/balance")
     assert balance["buying_power"] == balance["cash_balance"] - balance["reserved_cash"]
     assert trader.get("/account/audit")["differences"] == []
@@ -358,8 +358,10 @@ class Somebody:
         rows = "SELECT id FROM ibkr_orders WHERE user_id = :id ORDER BY id"
         return [str(id) for (id,) in self.database.run(rows, id=self.user_id)]
 
-    def all_orders(self) -> list[dict]:
-        return [self.get(f"/orders/{id}") for id in self.order_ids()]
+    def all_of(self, kind, runs, **query) -> list[dict]:
+        """The account's orders or trades of these runs, the oldest first."""
+        pages = [self.get(f"/{kind}", run=run, limit=500, **query)[kind] for run in runs]
+        return [one for page in pages for one in reversed(page)]
 
 
 def do_not_wait_for_the_disk(connection, _):
