@@ -47,7 +47,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 import openapi
 import public
-from database import OutcomeUnknown, db, snapshot, transaction, use_database
+from database import OutcomeUnknown, db, transaction, use_database
 from messages import (
     ACCOUNT_LIMIT,
     ORDER_LIMIT,
@@ -464,16 +464,12 @@ def admit() -> None:
 
 
 def up_to_date(account: Account, key_hash: str) -> Account:
-    """The account with its open orders, once these have seen all prices: before anything of it is read."""
-    user_id = account.user_id
-    with snapshot():
-        account = Account.with_orders(user_id)
-    if market.has_moved(account):  # Asked before the lock: no locked row waits for Yahoo.
-        with suppress(OutcomeUnknown), transaction(user_id):  # Whatever came of it, we look again.
-            locked(user_id, key_hash)
-        with snapshot():
-            account = Account.with_orders(user_id)
-    return account
+    """The account, once its open orders have seen all prices: before anything of it is read."""
+    if not market.has_moved(account):  # Asked before the lock: no locked row waits for Yahoo.
+        return account
+    with suppress(OutcomeUnknown), transaction(account.user_id):  # Whatever came of it, we look again.
+        locked(account.user_id, key_hash)
+    return Account.with_key(key_hash) or account
 
 
 def locked(user_id: int, key_hash: str, ticker: str = "", order_key: str = "") -> Account:
@@ -662,11 +658,14 @@ def fail_where_booked(_) -> None:
 @takes()
 def balance() -> BalanceAnswer:
     """Your cash, and what of it is held back for open orders, in dollars."""
+    cash, reserved = g.account.cash_balance, Decimal(0)
+    if g.account.settled_at:
+        cash, reserved = Account.cash_and_reserve(g.user_id)
     return {
         "user_id": g.user_id,
-        "cash_balance": g.account.cash_balance,
-        "reserved_cash": g.account.reserved_cash,
-        "buying_power": g.account.buying_power,
+        "cash_balance": cash,
+        "reserved_cash": reserved,
+        "buying_power": cash - reserved,
     }
 
 

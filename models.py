@@ -1074,6 +1074,16 @@ class Account(db.Model):
         return self.held[ticker]
 
     @classmethod
+    def cash_and_reserve(cls, user_id: int) -> tuple[Decimal, Decimal]:
+        """The cash of an account with open orders and what of it is held back, of one moment, in dollars."""
+        open_orders = PlacedOrder.user_id == cls.user_id, PlacedOrder.closed_at.is_(None)
+        reserve = sa.select(sa.func.sum(PlacedOrder.reserved_cash)).where(*open_orders).scalar_subquery()
+        cash, reserved = db.session.execute(
+            sa.select(cls.cash_balance, reserve).filter_by(user_id=user_id)
+        ).one()
+        return cash, reserved or Decimal(0)
+
+    @classmethod
     def with_orders(cls, user_id: int) -> "Account":
         """The account and its working orders, of one moment, unlocked."""
         both = sa.select(cls, PlacedOrder).outerjoin(

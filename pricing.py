@@ -30,6 +30,7 @@ from zoneinfo import ZoneInfo
 import requests
 from urllib3.exceptions import HTTPError
 
+from database import snapshot
 from messages import (
     ORDER_LIMIT,
     SHARE_CLASS,
@@ -42,7 +43,7 @@ from messages import (
     rounded,
 )
 from models import Account, Pin, Quote, Trade, bad_price
-from orders import Passed, Step
+from orders import Passed, PlacedOrder, Step
 from recorded import EPOCH, FIELDS, VOLUME_LIMIT, Bar, read
 
 log = logging.getLogger(__name__)
@@ -418,7 +419,9 @@ class LiveMarket:
     def has_moved(self, account: Account) -> bool:
         """Whether there are prices that its open orders have not seen; asks for those that ran out."""
         moment, seen = now(), {}
-        for order in account.orders:
+        with snapshot():
+            orders = PlacedOrder.working(account.user_id)
+        for order in orders:
             if order.time_in_force == "day" and self.day(order.ticker, moment) != order.day:
                 return True
             if order.status == "open":
