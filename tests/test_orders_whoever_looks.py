@@ -223,7 +223,7 @@ def pin(chance, broker):
         for name in ("limit", "stop")
         if o["ticker"] == ticker and o[name]
     ]
-    return "pin", ticker, near(chance, price or 40, 0.92, 1.08, waiting)
+    return ("pin", ticker, near(chance, price, 0.92, 1.08, waiting)) if price else None
 
 
 def let_go(chance, broker):
