@@ -23,7 +23,7 @@ CASH = "8000"
 FREE, DEAR = ("0", "0", "0"), ("7.5", "1.25", "12.5")
 TICKERS = {"AAPL": (100, 2), "BTC-USD": (27_000, 8), "PENNY": (Decimal("0.07"), 6), "LATE": (40, 4)}
 
-LATE = 15  # Bars before its first: a ticker that vanishes once it was traded is another story.
+LATE = 15  # Bars before its first. No jump goes back there: a ticker that vanishes is another story.
 
 
 def recorded_market(seed=5, bars=220) -> dict:
@@ -212,7 +212,8 @@ def advance(chance, broker):
 def jump(chance, broker):
     here = broker.times.index(broker.clock)
     there = here + chance.choice([-20, -5, -1, 0, 1, 2, 10])
-    return ("clock", broker.times[there]) if LATE <= there < len(broker.times) else None
+    times = [time for time in broker.times[max(there, 0) :][:1] if time >= min(TAPE["LATE"])]
+    return ("clock", *times) if times else None
 
 
 def pin(chance, broker):
