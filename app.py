@@ -1043,8 +1043,8 @@ def account_history(options: HistoryOptions) -> HistoryAnswer:
 @app.get("/api/v1/account/audit")
 @takes()
 def audit() -> AuditAnswer:
-    """Whether your books hold: every trade replayed from the start, and compared to the last digit."""
-    return Books.of(g.user_id).audit()
+    """Whether your books hold: every trade and order replayed from the start, to the last digit."""
+    return Books.of(g.user_id).audit(market.has_asked)
 
 
 @app.get("/api/v1/rules")
@@ -1279,7 +1279,7 @@ def audit_all():
     """Replay every trade of every account and compare the books to the last digit."""
     differences = count = 0
     for user, _ in User.all():
-        report = Books.of(user.id).audit()
+        report = Books.of(user.id).audit(market.has_asked)
         count += report["trades"]
         differences += len(report["differences"])
         for sentence in report["differences"]:
