@@ -603,6 +603,8 @@ def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
         raise no_such_ticker(ticker)
     with transaction(g.user_id):
         account, moment = locked(g.user_id, g.key_hash), now()
+        if price is None and ticker not in account.pins:
+            return market_of(account)  # Nothing is let go, and so it is no new price.
         account.pin(ticker, price)
         if account.orders:
             log_fills(account.settle(market.pinned(account, ticker, moment), market.day, COSTS, moment))
