@@ -8,8 +8,8 @@
 
 A request comes in through `Gate`, `Simulator.dispatch_request` (which may try it again), `admit` and the
 decorators of its route. What an account may do with its money is in `models.py`, how an order waits in
-`orders.py`, what came of it all in `results.py`, where prices come from in `pricing.py`, what comes in and goes
-out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`.
+`orders.py`, what came of it all in `results.py`, where prices come from in `pricing.py`, what comes in and
+goes out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`.
 """
 
 import csv

@@ -1271,7 +1271,8 @@ class Account(db.Model):
 # ---------------------------------------------------------------------- What every request pays for
 # The statements that find a key, and lock, read and book for a trade, in SQLAlchemy's words. Below them is
 # how they are sent, a shorter way than a session's: sent one by one by SQLAlchemy's `execute`, trades come at
-# about half the speed. Who skips that misses nothing but speed, and how a driver's errors become SQLAlchemy's.
+# about half the speed. Who skips that misses nothing but speed, and how a driver's errors become
+# SQLAlchemy's.
 
 HAS_THE_KEY = (User.api_key_hash == bindparam("key_hash")) & User.closed_at.is_(None)
 OWN_ACCOUNT = Account.user_id == bindparam("owner")
