@@ -50,7 +50,7 @@ from messages import (
     takes,
     whole_number,
 )
-from models import Account, Books, PortfolioAnswer, Quote, Trade, User
+from models import Account, PortfolioAnswer, Quote, Trade, User
 from orders import PlacedOrder
 from pricing import A_MONDAY, NEW_YORK, LiveMarket, SampleMarket, joined, no_such_ticker
 from recorded import Bar
@@ -67,6 +67,7 @@ class Broker(NamedTuple):
     place: Callable
     replace: Callable
     cancel: Callable
+    history: Callable
 
 
 broker: Broker = LocalProxy(lambda: current_app.extensions["broker"])
@@ -367,16 +368,14 @@ class HistoryAsked(Asked):
 @takes(query=HistoryAsked)
 def portfolio_history(asked: HistoryAsked) -> dict:
     """Your equity, day by day; the days of a recorded market are dated as its bars are."""
-    books, (own, portfolio), moment = Books.of(g.user_id), valued(), now()
-    trades = books.trades.get(own.run, [])
-    past_price = broker.market.past(g.user_id, {trade.ticker for trade in trades})
-    points = books.history(own.run, past_price, portfolio, broker.market.time(g.account))["points"]
-    equity_on = {when: point["equity"] for when, point in zip(dates_of(points, moment), points, strict=True)}
+    moment, history = now(), broker.history(None, "day")
+    points, base = history["points"], history["summary"]["starting_cash"]
+    equity_on = {at: point["equity"] for at, point in zip(dates_of(points, moment), points, strict=True)}
     days = re.fullmatch("([0-9]{1,3})([DWMAY])", asked.period.upper())
     begin = moment - timedelta(days=int(days[1]) * PERIOD_DAYS[days[2]] if days else 36_500)
     begin, end = as_moment(asked.start) or begin, as_moment(asked.end) or moment
     shown = {at: equity for at, equity in equity_on.items() if begin <= at <= end and equity is not None}
-    base, worth = books.runs[own.run].starting_cash, list(shown.values())
+    worth = list(shown.values())
     return {
         "timestamp": [int(at.timestamp()) for at in shown],
         "equity": worth,
@@ -394,10 +393,11 @@ def dates_of(points: list[dict], moment: datetime) -> list[datetime]:
     times, market = [point["timestamp"] for point in points], broker.market
     if not market.is_sample:
         return [midnight(at.astimezone(NEW_YORK).date()) for at in times[:-1]] + [moment]
+    recorded = sorted({bar.date() for bar in market.bars})
     back, dates, later = 0, [moment], times[-1]
     for at in times[-2::-1]:
-        passed = bisect_left(market.bars, later) - bisect_left(market.bars, at)
-        back, later = back + passed % len(market.bars), at
+        passed = bisect_left(recorded, later.date()) - bisect_left(recorded, at.date())
+        back, later = back + passed % len(recorded), at
         dates.append(dated(moment, DAYS, back, is_a_coin=False) if back else moment)
     return dates[::-1]
 
@@ -943,8 +943,8 @@ def found_bars(ticker: str, asked: "BarsAsked", moment: datetime) -> Found:
     if ticker not in market.series:
         raise no_such_ticker(ticker)
     tape, spacing = market.series[ticker], market.spacing[ticker]
-    clock = market.clock(g.account) or market.bar_shown(moment)
-    past = put_together(tape[: bisect_right(tape, clock, key=itemgetter(0))], frame, spacing)
+    passed = bisect_right(tape, market.time(g.account, moment), key=itemgetter(0))
+    past = put_together(tape[:passed], frame, spacing)
     ends = as_moment(asked.end, ticker) or start
     if start and market.bars[0] <= start <= ends <= market.bars[-1] + timedelta(days=1):
         return as_found(past, ticker, frame, start, as_moment(asked.end, ticker) or moment)

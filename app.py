@@ -6,8 +6,10 @@
     Routes            the API; `trade` is the heart of the program, start reading there
     Commands          what `flask user` and `python app.py` do
 
-What an account may do with its money is in `models.py`, where prices come from in `pricing.py`, what comes in
-and goes out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`. Programs
+A request comes in through `Gate`, `Simulator.dispatch_request` (which may try it again), `admit` and the
+decorators of its route. What an account may do with its money is in `models.py`, how an order waits in
+`orders.py`, what came of it all in `results.py`, where prices come from in `pricing.py`, what comes in and
+goes out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`. Programs
 that were written for Alpaca find its routes in `alpaca_face.py`, in front of the same books.
 """
 
@@ -49,7 +51,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 import alpaca_face
 import openapi
 import public
-from database import OutcomeUnknown, db, snapshot, transaction, use_database
+from database import OutcomeUnknown, db, transaction, use_database
 from messages import (
     ACCOUNT_LIMIT,
     ORDER_LIMIT,
@@ -65,6 +67,7 @@ from messages import (
     ExactJSON,
     Filters,
     HealthAnswer,
+    HistoryOptions,
     Listed,
     MarketAnswer,
     NewAccount,
@@ -81,9 +84,9 @@ from messages import (
     Refused,
     RequestsAnswer,
     Reset,
+    Resolution,
     RulesAnswer,
     RunAnswer,
-    RunOption,
     TradeOptions,
     checked,
     invalid,
@@ -97,11 +100,8 @@ from messages import (
 from models import (
     Account,
     AdvanceAnswer,
-    AuditAnswer,
-    Books,
     Costs,
-    HistoryAnswer,
-    Market,
+    MarketOfDatabase,
     PortfolioAnswer,
     PricesAnswer,
     Quote,
@@ -127,6 +127,7 @@ from pricing import (
     yahoo_is_reachable,
 )
 from recorded import FIELDS, BadFile, ticker_from
+from results import AuditAnswer, Books, HistoryAnswer
 from settings import read_settings
 
 VERSION = "1.0.0"
@@ -477,16 +478,12 @@ def admit() -> None:
 
 
 def up_to_date(account: Account, key_hash: str) -> Account:
-    """The account with its open orders, once these have seen all prices: before anything of it is read."""
-    user_id = account.user_id
-    with snapshot():
-        account = Account.with_orders(user_id)
-    if market.has_moved(account):  # Asked before the lock: no locked row waits for Yahoo.
-        with suppress(OutcomeUnknown), transaction(user_id):  # Whatever came of it, we look again.
-            locked(user_id, key_hash)
-        with snapshot():
-            account = Account.with_orders(user_id)
-    return account
+    """The account, once its open orders have seen all prices: before anything of it is read."""
+    if not market.has_moved(account):  # Asked before the lock: no locked row waits for Yahoo.
+        return account
+    with suppress(OutcomeUnknown), transaction(account.user_id):  # Whatever came of it, we look again.
+        locked(account.user_id, key_hash)
+    return Account.with_key(key_hash) or account
 
 
 def locked(user_id: int, key_hash: str, ticker: str = "", order_key: str = "") -> Account:
@@ -502,7 +499,7 @@ def show(account: Account) -> None:
     moment = now()
     if market.is_sample and not market.has_moved(account):
         return
-    log_fills(account.settle(market.passed(account, moment), market.day, COSTS, moment))
+    log_fills(account.settle(market.since_settled(account, moment), market.day, COSTS, moment))
 
 
 def log_fills(trades: list[Trade]) -> list[Trade]:
@@ -514,7 +511,7 @@ def log_fills(trades: list[Trade]) -> list[Trade]:
 @cache
 def claim_database() -> None:
     """Once a process: take the database for the market that is served, or refuse to serve from it."""
-    Market.claim("sample" if market.is_sample else "live")
+    MarketOfDatabase.claim("sample" if market.is_sample else "live")
 
 
 # ------------------------------------------------------------------------------------------ Routes
@@ -590,7 +587,7 @@ def advance(step: Advance) -> AdvanceAnswer:
         bar, fills = market.bar_after(clock, step.bars), []
         if account.orders:
             fills = account.settle(market.bars_between(account, bar), market.day, COSTS, moment)
-        account.stop_clock(bar)
+        account.advance(bar)
         prices = {ticker: quote.price for ticker, quote in market.quotes(tickers, account).items()}
         told = {"fills": [trade.to_dict() for trade in log_fills(fills)]}
         told |= {"prices": prices} if step.tickers else {}
@@ -621,6 +618,8 @@ def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
         raise no_such_ticker(ticker)
     with transaction(g.user_id):
         account, moment = locked(g.user_id, g.key_hash), now()
+        if price is None and ticker not in account.pins:
+            return market_of(account)  # Nothing is let go, and so it is no new price.
         account.pin(ticker, price)
         if account.orders:
             log_fills(account.settle(market.pinned(account, ticker, moment), market.day, COSTS, moment))
@@ -675,11 +674,14 @@ def fail_where_booked(_) -> None:
 @takes()
 def balance() -> BalanceAnswer:
     """Your cash, and what of it is held back for open orders, in dollars."""
+    cash, reserved = g.account.cash_balance, Decimal(0)
+    if g.account.settled_at:
+        cash, reserved = Account.cash_and_reserve(g.user_id)
     return {
         "user_id": g.user_id,
-        "cash_balance": g.account.cash_balance,
-        "reserved_cash": g.account.reserved_cash,
-        "buying_power": g.account.buying_power,
+        "cash_balance": cash,
+        "reserved_cash": reserved,
+        "buying_power": cash - reserved,
     }
 
 
@@ -752,12 +754,13 @@ def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
     """Buy or sell, in full and at once, or be refused with the reason.
 
     A limit order (with `price`) is booked at the price it names: at or above the market price for a
-    buy, at or below it for a sale. A market order (without) is booked at the market price, less favourable
-    by the slippage that is in force. With an
+    buy, at or below it for a sale; one that may wait for its price is placed at `/api/v1/orders`. A market
+    order (without) is booked at the market price, less favourable by the slippage that is in force. With an
     `Idempotency-Key` an order is safe to send again: it is booked once, and answered the same.
     """
-    # `Simulator.dispatch_request` has let the request in (`admit`, which fills `g`), and may call this again.
-    quote = market.look_up(order.ticker, g.account)  # Before the lock: no locked row waits for Yahoo.
+    # `Simulator.dispatch_request` has let the request in (`admit`, which fills `g`) and may call this again.
+    # Before the lock, as no locked row waits for Yahoo; a refusal is raised by `fill`: a replay needs none.
+    quote = market.look_up(order.ticker, g.account)
 
     with transaction(g.user_id, keep=not options.dry_run):
         account = locked(g.user_id, g.key_hash, order.ticker, order_key)
@@ -787,7 +790,7 @@ def earlier_under_key(account: Account) -> Trade | PlacedOrder | None:
 
 
 def quote_for(account: Account, ticker: str, quote: Quote | Refused) -> Quote | Refused:
-    """The `quote`, or a new one where the account has moved its sample market since: no network."""
+    """The `quote`, or a new one where the account has moved its clock or a pin since `admit`: no network."""
     seen = g.account
     if (account.market_clock, account.pin_changes) == (seen.market_clock, seen.pin_changes):
         return quote
@@ -1043,31 +1046,44 @@ def reset(start: Reset) -> RunAnswer:
 
 
 @app.get("/api/v1/account/history")
-@takes(query=RunOption)
+@takes(query=HistoryOptions)
 @refuses("not_found")
-def account_history(options: RunOption) -> HistoryAnswer:
-    """How a run went: one point of the equity curve a trade and one for now, and a summary.
+def account_history(options: HistoryOptions) -> HistoryAnswer:
+    """How a run went: its equity curve, and figures that sum all of it up.
 
-    Past holdings are valued at what the market asked then: the recorded bar or the pin of that moment
-    on the sample market, the last quote that this server had published by then on the live one.
+    A curve has a point for each trade, one for each bar that your clock has passed (on the live market: for
+    each day on which this server published a price of what the run trades), and one for now. Past holdings
+    are valued at what the market asked then: the recorded bar or the pin of that moment, or the last quote
+    published by then. What was passed stays, also when you turn the clock back. `resolution` thins the
+    points that are shown and never the figures: `bar` shows all, `day` the last of each of the market's days
+    (UTC), `trade` those of trades and of now.
     """
+    return history(options.run, options.resolution)
+
+
+def history(number: int | None, resolution: Resolution) -> HistoryAnswer:
+    """How that run went, or without a number the current one."""
     books = Books.of(g.user_id)
-    run = options.run or books.account.run
-    if run not in books.runs:
-        raise Refused("not_found", f"Your account has no run {run}.")
-    portfolio = None
-    if run == books.account.run:
-        quotes = market.quotes([holding.ticker for holding in books.holdings], g.account)
-        portfolio = books.account.portfolio(books.holdings, quotes)
-    past_price = market.past(g.user_id, {trade.ticker for trade in books.trades.get(run, [])})
-    return books.history(run, past_price, portfolio, market.time(g.account))
+    account, number = books.account, number or books.account.run
+    if number not in books.runs:
+        raise Refused("not_found", f"Your account has no run {number}.")
+    run, portfolio = books.runs[number], None
+    if run is account:
+        quotes = market.quotes([holding.ticker for holding in books.holdings], account)
+        portfolio = account.portfolio(books.holdings, quotes)
+        moment = now()
+        market_time = market.time(account, moment)
+    else:
+        moment, market_time = run.ended_at, run.market_time
+    steps = market.replay(books.past(number), moment, market_time)
+    return books.history(number, steps, portfolio, resolution)
 
 
 @app.get("/api/v1/account/audit")
 @takes()
 def audit() -> AuditAnswer:
-    """Whether your books hold: every trade replayed from the start, and compared to the last digit."""
-    return Books.of(g.user_id).audit()
+    """Whether your books hold: every trade and order replayed from the start, to the last digit."""
+    return Books.of(g.user_id).audit(market.has_asked)
 
 
 @app.get("/api/v1/rules")
@@ -1143,7 +1159,7 @@ def close_account(user_id: int) -> ClosedAccount:
 
 # For bots that were written for Alpaca: the same books in its words.
 
-app.extensions["broker"] = alpaca_face.Broker(market, place, replace, cancel)
+app.extensions["broker"] = alpaca_face.Broker(market, place, replace, cancel, history)
 app.register_blueprint(alpaca_face.face, url_prefix=alpaca_face.PREFIX)
 
 
@@ -1308,7 +1324,7 @@ def audit_all():
     """Replay every trade of every account and compare the books to the last digit."""
     differences = count = 0
     for user, _ in User.all():
-        report = Books.of(user.id).audit()
+        report = Books.of(user.id).audit(market.has_asked)
         count += report["trades"]
         differences += len(report["differences"])
         for sentence in report["differences"]:

@@ -257,6 +257,8 @@ Tickers = Annotated[
 ]
 Action = Literal["buy", "sell"]
 ActionWord = Annotated[Action, BeforeValidator(in_lower_case), means("In any case")]
+Resolution = Literal["trade", "day", "bar"]
+ResolutionWord = Annotated[Resolution, BeforeValidator(in_lower_case)]
 OrderAmount = Annotated[Decimal, BeforeValidator(checked_amount), number_below(ORDER_LIMIT)]
 OrderType = Literal["market", "limit", "stop", "stop_limit", "trailing_stop"]
 TimeInForce = Annotated[
@@ -279,7 +281,7 @@ TimeframeWord = Annotated[Timeframe, BeforeValidator(in_lower_case)]
 # ---------------------------------------------------------------------------------------- Requests
 
 
-class NoOptions(BaseModel):
+class Asked(BaseModel):
     """A request; a member that is `null` counts as left out, unless there is no such member."""
 
     model_config = ConfigDict(extra="forbid")
@@ -292,7 +294,11 @@ class NoOptions(BaseModel):
         return {n: v for n, v in document.items() if v is not None or n not in cls.model_fields}
 
 
-class Sized(NoOptions):
+class NoOptions(Asked):
+    """A request that says nothing more."""
+
+
+class Sized(Asked):
     """What to trade, and how much of it: a quantity, or the dollars that it should come to."""
 
     ticker: Ticker = means("What to trade", examples=["AAPL"])
@@ -338,11 +344,11 @@ class Order(Sized):
     )
 
 
-class TakeProfit(NoOptions):
+class TakeProfit(Asked):
     limit_price: OrderAmount
 
 
-class StopLoss(NoOptions):
+class StopLoss(Asked):
     stop_price: OrderAmount
     limit_price: OrderAmount | None = means("The least to take, where it is not any price", default=None)
 
@@ -355,6 +361,17 @@ PRICES_OF = {
     "trailing_stop": ("trail_percent", "trail_amount"),
 }
 """Which prices an order of each type has; a trailing one has one of the two."""
+
+
+def upside_down(gain: Decimal | None, loss: Decimal | None, price: Decimal | None) -> str | None:
+    """What is wrong with exits at a `gain` and a `loss`, in a sentence, for what was bought at `price`."""
+    if gain and loss and gain <= loss:
+        return "take_profit must be above stop_loss"
+    if gain and price and gain <= price:
+        return f"take_profit must be above {plain(price)}"
+    if loss and price and loss >= price:
+        return f"stop_loss must be below {plain(price)}"
+    return None
 
 
 class NewOrder(Sized):
@@ -400,13 +417,7 @@ class NewOrder(Sized):
         """What is wrong with what it brings, if that is on the wrong side of its `price` or of each other."""
         gain = self.take_profit and self.take_profit.limit_price
         loss = self.stop_loss and self.stop_loss.stop_price
-        if gain and loss and gain <= loss:
-            return "take_profit must be above stop_loss"
-        if gain and self.action == "buy" and price and gain <= price:
-            return f"take_profit must be above {plain(price)}"
-        if loss and price and loss >= price:
-            return f"stop_loss must be below {plain(price)}"
-        return None
+        return upside_down(gain, loss, price)
 
     @property
     def legs(self) -> list[dict]:
@@ -420,7 +431,7 @@ class NewOrder(Sized):
         return legs
 
 
-class ChangedOrder(NoOptions):
+class ChangedOrder(Asked):
     """What is to be different."""
 
     quantity: OrderAmount | None = None
@@ -434,15 +445,15 @@ class ChangedOrder(NoOptions):
         return self
 
 
-class TradeOptions(NoOptions):
+class TradeOptions(Asked):
     dry_run: bool = Field(False, description="Answer as the trade would, and write nothing")
 
 
-class PathTicker(NoOptions):
+class PathTicker(Asked):
     ticker: Ticker
 
 
-class BarOptions(NoOptions):
+class BarOptions(Asked):
     """Which past prices to show."""
 
     timeframe: TimeframeWord = means("How long a bar is, in any case", default="1d")
@@ -451,12 +462,16 @@ class BarOptions(NoOptions):
     limit: whole_number(1, 10_000) = Field(100, description="So many at the most: the last ones")
 
 
-class Listed(NoOptions):
+class Listed(Asked):
     tickers: Tickers = Field(description="1 to 100 tickers, with commas between them")
 
 
-class RunOption(NoOptions):
+class RunOption(Asked):
     run: whole_number(1, 2**31 - 1) = means("The account's run; without it, the current one", default=None)
+
+
+class HistoryOptions(RunOption):
+    resolution: ResolutionWord = means("A point for each trade, day or bar, in any case", default="day")
 
 
 class Filters(RunOption):
@@ -487,7 +502,7 @@ class OrderPage(OrderFilters):
     cursor: whole_number(1, 2**63 - 1) = Field(None, description="`next_cursor` of the page before")
 
 
-class Reset(NoOptions):
+class Reset(Asked):
     cash: Cash | None = Field(
         None, description="Dollars to begin with; without it, the server's `STARTING_CASH`"
     )
@@ -506,12 +521,12 @@ class Clock(BaseModel):
     at: RequestedTime | None
 
 
-class Advance(NoOptions):
+class Advance(Asked):
     bars: whole_number(1, 100_000) | None = 1
     tickers: list[Ticker] | None = Field(None, max_length=100, description="Whose prices to answer")
 
 
-class PinnedPrice(NoOptions):
+class PinnedPrice(Asked):
     price: OrderAmount
 
 
@@ -528,6 +543,7 @@ Dollars = number("US dollars, exact, at most 8 decimals", 1502.5)
 Price = number("Dollars for one share or coin, exact, at most 8 decimals", 150.25)
 Shares = number("Shares or coins, exact, at most 8 decimals", 10)
 Percent = number("Percent, with 2 decimals", 1.25)
+Ratio = number("A ratio, with 8 decimals", 1.14285714)
 BasisPoints = number("Hundredths of a percent", 5)
 Milliseconds = Annotated[float, means("Milliseconds")]
 Gigabytes = Annotated[float, means("GiB")]

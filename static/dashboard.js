@@ -564,7 +564,7 @@ async function refreshHistory(state) {
   seen.refreshes += 1;
   if (state === seen.historyOf && seen.refreshes % 12) return;
   const shownRun = seen.shownRun;
-  const history = await askIfThere(`/api/v1/account/history${shownRun ? `?run=${shownRun}` : ""}`);
+  const history = await askIfThere(`/api/v1/account/history?resolution=trade${shownRun ? `&run=${shownRun}` : ""}`);
   if (shownRun !== seen.shownRun || !key) return;
   $("overview").querySelector(".run").hidden = $("overview").querySelector("figure").hidden = !history;
   if (!history) return;
