@@ -33,6 +33,7 @@ from database import db
 from messages import (
     HUNDRED,
     SHARE_CLASS,
+    UNIT,
     ActionWord,
     BarOptions,
     ChangedOrder,
@@ -102,11 +103,16 @@ def symbol_of(ticker: str, between: str = "/") -> str:
     return between.join(ticker.rsplit("-", 1)) if is_coin(ticker) else ticker
 
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-=^"
-ACCOUNT_IDS, ORDER_IDS, TRADE_IDS, ASSET_IDS = (kind << 112 | 8 << 76 | 8 << 60 for kind in range(1, 5))
-"""An id here is a UUID that says what it is of, and which number that has in the books."""
+ACCOUNT_IDS, ORDER_IDS, TRADE_IDS = (kind << 112 | 8 << 76 | 8 << 60 for kind in (1, 2, 3))
+"""An id here is a UUID that says what it is of, and the number that this has in the books."""
 
-NUMBERS = 1 << 48
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-=^"
+ASSETS = 4
+"""And that of an asset the ticker: a number whose digits are its letters, 20 of which take 108 bits."""
+
+
+def uuid_of(kind: int, number: int | None) -> str | None:
+    return number and str(UUID(int=kind + number))
 
 
 def number_in(text: str, kind: int) -> int:
@@ -115,33 +121,26 @@ def number_in(text: str, kind: int) -> int:
         number = UUID(text).int - kind
     except ValueError:
         return 0
-    return number if 0 < number < NUMBERS else 0
-
-
-def uuid_of(kind: int, number: int | None) -> str | None:
-    return number and str(UUID(int=kind + number))
+    return number if 0 < number < 1 << 48 else 0
 
 
 def asset_id(ticker: str) -> str:
-    """The ticker as a number, whose digits are its letters: 20 of them take 108 bits."""
     number = 0
     for letter in ticker:
         number = number * (len(LETTERS) + 1) + LETTERS.index(letter) + 1
-    return str(UUID(int=(ASSET_IDS >> 112 << 112) + number))
+    return str(UUID(int=(ASSETS << 112) + number))
 
 
 def ticker_at(path: str) -> str:
-    """The ticker that a symbol or an asset's id in a path means."""
+    """The ticker that a symbol or an asset's id in a path means; raises `Refused`."""
     try:
-        number = UUID(path).int
+        kind, number = divmod(UUID(path).int, 1 << 112)
     except ValueError:
-        number = 0
+        kind, number = 0, 0
     letters = ""
-    if number >> 112 == ASSET_IDS >> 112:
-        number -= ASSET_IDS >> 112 << 112
-        while number:
-            number, letter = divmod(number, len(LETTERS) + 1)
-            letters = LETTERS[letter - 1] + letters
+    while kind == ASSETS and number:
+        number, letter = divmod(number, len(LETTERS) + 1)
+        letters = LETTERS[letter - 1] + letters
     try:
         return checked_ticker(letters) if letters else ticker_of(path)
     except ValueError:
@@ -294,48 +293,39 @@ def price_yesterday(ticker: str) -> Decimal | None:
     return market.price(ticker, today - timedelta.resolution) if today else None
 
 
+NONE_OF_IT = ("accrued_fees", "daytrading_buying_power", "last_maintenance_margin")
+NONE_OF_IT += ("options_buying_power", "short_market_value", "sma")
+NOT_SO = ("account_blocked", "pattern_day_trader", "shorting_enabled")
+NOT_SO += ("trade_suspended_by_user", "trading_blocked", "transfers_blocked")
+
+
 @face.get("/v2/account")
 def account() -> dict:
-    """Your account."""
+    """Your account: no margin, no shorts, and so all that is not held back is buying power."""
     own, portfolio = valued()
-    equity, worth = portfolio["equity"], portfolio["market_value"]
+    equity, worth, free = portfolio["equity"], text(portfolio["market_value"]), text(own.buying_power)
     gain = sum((gain_today(held) or Decimal(0) for held in portfolio["holdings"]), Decimal(0))
-    free, nothing = text(own.buying_power), "0"
+    powers = ("buying_power", "effective_buying_power", "non_marginable_buying_power", "regt_buying_power")
+    worths = ("initial_margin", "long_market_value", "maintenance_margin", "position_market_value")
     return {
         "id": uuid_of(ACCOUNT_IDS, g.user_id),
         "account_number": f"SIM{g.user_id:09}",
         "status": "ACTIVE",
         "crypto_status": "ACTIVE",
+        "created_at": db.session.get(User, g.user_id).created_at,
         "currency": "USD",
         "cash": text(own.cash_balance),
-        "buying_power": free,
-        "effective_buying_power": free,
-        "regt_buying_power": free,
-        "non_marginable_buying_power": free,
-        "daytrading_buying_power": nothing,
-        "options_buying_power": nothing,
         "equity": text(equity),
         "portfolio_value": text(equity),
-        "last_equity": equity and text(equity - gain),
-        "long_market_value": text(worth),
-        "position_market_value": text(worth),
-        "short_market_value": nothing,
-        "initial_margin": text(worth),
-        "maintenance_margin": text(worth),
-        "last_maintenance_margin": nothing,
-        "sma": nothing,
-        "accrued_fees": nothing,
+        "last_equity": text(None if equity is None else equity - gain),
         "multiplier": "1",
-        "shorting_enabled": False,
-        "pattern_day_trader": False,
         "daytrade_count": 0,
-        "trading_blocked": False,
-        "transfers_blocked": False,
-        "account_blocked": False,
-        "trade_suspended_by_user": False,
         "options_approved_level": 0,
         "options_trading_level": 0,
-        "created_at": db.session.get(User, g.user_id).created_at,
+        **dict.fromkeys(powers, free),
+        **dict.fromkeys(worths, worth),
+        **dict.fromkeys(NONE_OF_IT, "0"),
+        **dict.fromkeys(NOT_SO, False),
     }
 
 
@@ -448,24 +438,18 @@ def fill_out(trade: Trade) -> dict:
     }
 
 
-def trading_day(day: date) -> bool:
-    return day.weekday() < 5
-
-
 @face.get("/v2/clock")
 def clock() -> dict:
     """The time; the market is always open."""
     moment = now().astimezone(NEW_YORK)
-    days = [moment.date() + timedelta(days=n) for n in range(4)]
-    hours = {"next_open": time_of_day(9, 30), "next_close": time_of_day(16)}
-    times = {
-        name: [datetime.combine(day, hour, NEW_YORK) for day in days if trading_day(day)]
-        for name, hour in hours.items()
-    }
-    following = {name: next(at for at in found if at > moment) for name, found in times.items()}
-    return {"timestamp": moment.isoformat(), "is_open": True} | {
-        name: at.isoformat() for name, at in following.items()
-    }
+
+    def following(hour: time_of_day) -> str:
+        days = (moment.date() + timedelta(days=n) for n in range(4))
+        times = (datetime.combine(day, hour, NEW_YORK) for day in days if day.weekday() < 5)
+        return next(at.isoformat() for at in times if at > moment)
+
+    times = {"next_open": following(time_of_day(9, 30)), "next_close": following(time_of_day(16))}
+    return {"timestamp": moment.isoformat(), "is_open": True, **times}
 
 
 class CalendarAsked(Asked):
@@ -480,15 +464,12 @@ LONGEST_CALENDAR = timedelta(days=3660)
 @takes(query=CalendarAsked)
 def calendar(asked: CalendarAsked) -> list[dict]:
     """The weekdays from `start` to `end`, ten years of them at the most; nobody has holidays here."""
-    today = now().date()
     start, end = (at.date() if isinstance(at, datetime) else at for at in (asked.start, asked.end))
-    start = start or (end or today) - timedelta(days=365)
+    start = start or (end or now().date()) - timedelta(days=365)
     end = end or start + timedelta(days=730)
-    count = min(end - start, LONGEST_CALENDAR).days + 1
-    days = (start + timedelta(days=n) for n in range(count))
+    days = (start + timedelta(days=n) for n in range(min(end - start, LONGEST_CALENDAR).days + 1))
     hours = {"open": "09:30", "close": "16:00", "session_open": "0400", "session_close": "2000"}
-    listed = [{"date": day.isoformat(), **hours} for day in days if trading_day(day)]
-    return listed
+    return [{"date": day.isoformat(), **hours} for day in days if day.weekday() < 5]
 
 
 class AssetsAsked(Asked):
@@ -523,15 +504,11 @@ def asset(ticker: str, is_tradable: bool = True) -> dict:
         "name": symbol_of(ticker),
         "status": "active",
         "tradable": is_tradable,
-        "marginable": False,
-        "shortable": False,
-        "easy_to_borrow": False,
         "fractionable": True,
         "maintenance_margin_requirement": 100,
-        "min_order_size": "0.00000001",
-        "min_trade_increment": "0.00000001",
-        "price_increment": "0.00000001",
         "attributes": [],
+        **dict.fromkeys(("marginable", "shortable", "easy_to_borrow"), False),
+        **dict.fromkeys(("min_order_size", "min_trade_increment", "price_increment"), plain(UNIT)),
     }
 
 

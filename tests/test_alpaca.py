@@ -8,7 +8,8 @@ import json
 import os
 import subprocess
 import sys
-from datetime import UTC, date, datetime, timedelta
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from uuid import uuid4
@@ -36,7 +37,8 @@ from alpaca.trading.requests import (
     TakeProfitRequest,
     TrailingStopOrderRequest,
 )
-from cast import ROOT, Trader, exact, loaded
+from cast import ROOT, Server, Trader, exact, loaded
+from standins import MarketStandIn
 
 JUNE = "2012-06-01T00:00:00Z"
 NEW_YORK = ZoneInfo("America/New_York")
@@ -860,6 +862,72 @@ def test_what_is_newest_is_the_price_of_the_native_face(carla, stocks, coins):
     with pytest.raises(APIError) as refusal:
         stocks.get_stock_latest_quote(wanted.StockLatestQuoteRequest(symbol_or_symbols="NOPE"))
     assert refusal.value.status_code == 404
+
+
+# Live prices
+
+
+@pytest.fixture(scope="module")
+def yahoo():
+    with MarketStandIn() as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(scope="module")
+def dora(program, yahoo, new_database) -> Iterator[Trader]:
+    """Somebody whose prices are Yahoo's."""
+    settings = yahoo.environment | {"PRICE_SOURCES": "yahoo", "GUNICORN_CMD_ARGS": f"--chdir {program}"}
+    with Server(new_database().migrate().url, workers=1, **settings) as server:
+        yield server.trader(name="dora")
+
+
+def test_live_prices_trade_and_have_the_dates_of_their_exchange(dora, yahoo):
+    yahoo.yahoo("LIVE", "100.5")
+    opening = datetime.combine(date(2026, 3, 2), time(9, 30), NEW_YORK)
+    days = [opening + timedelta(days=n) for n in range(30) if (opening + timedelta(days=n)).weekday() < 5]
+    yahoo.bars("LIVE", "1d", *[(day, 10 + n, 12 + n, 9 + n, 11 + n, 1000) for n, day in enumerate(days)])
+    trading, stocks = (
+        trading_as(dora),
+        historical.StockHistoricalDataClient("a", dora.key, url_override=url_of(dora)),
+    )
+    order = trading.submit_order(MarketOrderRequest(symbol="LIVE", qty=2, side="buy", time_in_force="day"))
+    assert is_the_same(order, native(dora, order))
+    assert (order.status.value, order.filled_avg_price) == ("filled", "100.5")
+    (held,), account = trading.get_all_positions(), trading.get_account()
+    assert (held.market_value, held.lastday_price, held.change_today) == ("201", None, None)
+    assert account.equity == account.last_equity == "100000"
+    assert trading.get_portfolio_history().equity[-1] == 100_000
+    assert [asset.symbol for asset in trading.get_all_assets()] == ["LIVE"]
+    bars = bars_of(stocks, "LIVE", start=days[0], end=days[-1])["LIVE"]
+    told = dora.get("/api/v1/bars/LIVE", start="2026-03-03T00:00:00Z", limit=500)["bars"]
+    assert ohlcv(bars) == ohlcv_of(told)  # Its first day began at midnight, before `start`.
+    assert [bar.timestamp.astimezone(NEW_YORK).date().isoformat() for bar in bars] == [
+        bar["timestamp"][:10] for bar in told
+    ]
+    march, *_ = bars_of(stocks, "LIVE", TimeFrame.Month, start=datetime(2026, 3, 1), end=days[-1])["LIVE"]
+    assert (march.open, march.close, march.volume) == (10, 11 + len(days) - 1, 1000 * len(days))
+
+
+def test_half_hours_of_live_prices_are_put_together(dora, yahoo):
+    yahoo.yahoo("HALF", "100.5")
+    begin = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(hours=3)
+    quarters = [(begin + timedelta(minutes=15 * n), 10 + n, 20 + n, 5 + n, 11 + n, 100) for n in range(4)]
+    yahoo.bars("HALF", "15m", *quarters)
+    stocks = historical.StockHistoricalDataClient("any", dora.key, url_override=url_of(dora))
+    bars = bars_of(stocks, "HALF", TimeFrame(30, TimeFrameUnit.Minute), start=begin)["HALF"]
+    assert ohlcv(bars) == [(10, 21, 5, 12, 200), (12, 23, 7, 14, 200)]
+    assert [bar.timestamp - begin for bar in bars] == [timedelta(0), timedelta(minutes=30)]
+
+
+def test_a_price_that_cannot_be_had_is_504_and_one_that_is_not_there_is_none(dora, yahoo):
+    yahoo.yahoo("AWAY", status=500)
+    order = {"symbol": "AWAY", "qty": "1", "side": "buy", "type": "market", "time_in_force": "day"}
+    answer = ask(dora, "POST", "/v2/orders", json=order)
+    assert (answer.status_code, answer.json()["problem"]) == (504, "price_unavailable")
+    assert int(answer.headers["Retry-After"]) > 0
+    assert ask(dora, "GET", "/v2/assets/GONE").status_code == 404
+    path = f"{url_of(dora)}/v1beta3/crypto/us/latest/quotes?symbols=BTC/USD"
+    assert requests.get(path, timeout=60).status_code == 401
 
 
 # A strategy, through the recorded year
