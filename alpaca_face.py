@@ -16,6 +16,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import ROUND_FLOOR, Decimal
@@ -152,7 +153,7 @@ def text(amount: Decimal | None) -> str | None:
     return None if amount is None else plain(amount)
 
 
-def part_of(part: Decimal | None, whole: Decimal) -> str | None:
+def part_of(part: Decimal | None, whole: Decimal | None) -> str | None:
     """`part` of `whole`: 0.01 is one percent."""
     return None if part is None or not whole else plain(rounded(part / whole))
 
@@ -490,9 +491,7 @@ def assets(asked: AssetsAsked) -> list[dict]:
 @face.get("/v2/assets/<path:symbol>")
 def one_asset(symbol: str) -> dict:
     """One share or coin, by its symbol or its asset id."""
-    quote = broker.market.look_up(ticker_at(symbol), g.account)
-    if isinstance(quote, Refused):
-        raise quote
+    quote = unless_refused(broker.market.look_up(ticker_at(symbol), g.account))
     return asset(quote.ticker, quote.currency == "USD")
 
 
@@ -732,13 +731,14 @@ ENDINGS = ("filled", "expired", "canceled", "replaced")
 
 
 def gain_today(held: dict) -> Decimal | None:
-    """How much more a holding is worth than at the end of the day before."""
+    """How much more what is held now is worth than it was at the end of the day before, held or not."""
     then, current = price_yesterday(held["ticker"]), held["current_price"]
     return then and current and rounded(held["quantity"] * (current - then))
 
 
 def position(held: dict) -> dict:
-    then, gain, worth = price_yesterday(held["ticker"]), gain_today(held), held["market_value"]
+    then, gain = price_yesterday(held["ticker"]), gain_today(held)
+    worth_then = then and rounded(held["quantity"] * then)
     return {
         "asset_id": asset_id(held["ticker"]),
         "symbol": symbol_of(held["ticker"], between=""),
@@ -749,14 +749,14 @@ def position(held: dict) -> dict:
         "qty_available": text(held["available_quantity"]),
         "avg_entry_price": text(held["average_price"]),
         "cost_basis": text(held["cost_basis"]),
-        "market_value": text(worth),
+        "market_value": text(held["market_value"]),
         "current_price": text(held["current_price"]),
         "unrealized_pl": text(held["unrealized_pnl"]),
         "unrealized_plpc": part_of(held["unrealized_pnl"], held["cost_basis"]),
         "lastday_price": text(then),
-        "change_today": then and held["current_price"] and part_of(held["current_price"] - then, then),
+        "change_today": part_of(gain, worth_then),
         "unrealized_intraday_pl": text(gain),
-        "unrealized_intraday_plpc": gain is not None and part_of(gain, worth - gain) or None,
+        "unrealized_intraday_plpc": part_of(gain, worth_then),
     }
 
 
@@ -913,20 +913,20 @@ class Found(NamedTuple):
 
 def found_bars(ticker: str, asked: "BarsAsked", moment: datetime) -> Found:
     """The bars of one ticker `asked` for, as they are dated at `moment`; raises `Refused`."""
-    start, end = as_moment(asked.start, ticker), as_moment(asked.end, ticker) or moment
-    if not broker.market.is_sample:
-        return as_found(live_bars(ticker, asked, start, end), ticker, asked.timeframe, start, end)
     market, frame = broker.market, asked.timeframe
+    start, end = as_moment(asked.start, ticker), as_moment(asked.end, ticker)
+    if not market.is_sample:
+        bars = live_bars(ticker, asked, start, end or moment)
+        return as_found(bars, ticker, frame, start, end or moment)
     if ticker not in market.series:
         raise no_such_ticker(ticker)
     tape, spacing = market.series[ticker], market.spacing[ticker]
     passed = bisect_right(tape, market.time(g.account, moment), key=itemgetter(0))
     past = put_together(tape[:passed], frame, spacing)
-    ends = as_moment(asked.end, ticker) or start
-    if start and market.bars[0] <= start <= ends <= market.bars[-1] + timedelta(days=1):
-        return as_found(past, ticker, frame, start, as_moment(asked.end, ticker) or moment)
+    if start and market.bars[0] <= start <= (end or start) <= market.bars[-1] + timedelta(days=1):
+        return as_found(past, ticker, frame, start, end or moment)
     loop, coin = put_together(tape, frame, spacing), is_coin(ticker)
-    start = max(start or THE_FIRST, THE_FIRST)
+    start, end = max(start or THE_FIRST, THE_FIRST), end or moment
     is_over = g.account.market_clock or not past
     many = len(past) if is_over else (moment - THE_FIRST) // frame.step
 
@@ -1100,11 +1100,14 @@ def latest_of_one(symbol: str, kind: str) -> dict:
 def latest(kind: str, symbols: dict[str, str]) -> dict:
     """What is newest, by symbol; those that have no price are not there, unless none has."""
     if kind == "bars":
-        found = unless_all_refuse({s: partial(last_bars, ticker, MINUTES) for s, ticker in symbols.items()})
-        return {symbol: bar_out(bars[-1]) for symbol, bars in found.items() if bars}
-    quotes = broker.market.look_ups(list(symbols.values()), g.account)
-    found = unless_all_refuse({s: partial(unless_refused, quotes[ticker]) for s, ticker in symbols.items()})
-    return {symbol: OF_QUOTE[kind](quote.price, seen_at(quote)) for symbol, quote in found.items()}
+        questions = {symbol: partial(last_bars, ticker, MINUTES) for symbol, ticker in symbols.items()}
+        return {symbol: bar_out(bars[-1]) for symbol, bars in unless_all_refuse(questions).items()}
+    return {symbol: OF_QUOTE[kind](quote.price, seen_at(quote)) for symbol, quote in newest(symbols).items()}
+
+
+def newest(symbols: dict[str, str]) -> dict[str, Quote]:
+    answers = broker.market.look_ups(list(symbols.values()), g.account)
+    return unless_all_refuse({s: partial(unless_refused, answers[ticker]) for s, ticker in symbols.items()})
 
 
 def unless_refused(quote: Quote | Refused) -> Quote:
@@ -1119,9 +1122,10 @@ def seen_at(quote: Quote) -> datetime:
 
 
 def last_bars(ticker: str, frame: Timeframe, count: int = 1) -> list[Bar]:
-    """The last `count` bars of a ticker, the oldest first."""
-    asked = BarsAsked.model_construct(timeframe=frame, limit=count)
-    found = found_bars(ticker, asked, now())
+    """The last `count` bars of a ticker, the oldest first, at least one; raises `Refused`."""
+    found = found_bars(ticker, BarsAsked.model_construct(timeframe=frame, limit=count), now())
+    if not found.places:
+        raise no_such_ticker(ticker)
     return [found.bar(place) for place in found.places[-count:]]
 
 
@@ -1146,15 +1150,14 @@ def one_snapshot(symbol: str) -> dict:
 
 
 def snapshots_of(symbols: dict[str, str]) -> dict:
-    quotes, trades = latest("quotes", symbols), latest("trades", symbols)
+    """Prices, with the bars that there are."""
     told = {}
-    for symbol in quotes:
-        minutes, days = last_bars(symbols[symbol], MINUTES), last_bars(symbols[symbol], DAYS, 2)
-        told[symbol] = {
-            "latestTrade": trades[symbol],
-            "latestQuote": quotes[symbol],
-            "minuteBar": bar_out(minutes[-1]) if minutes else None,
-            "dailyBar": bar_out(days[-1]) if days else None,
-            "prevDailyBar": bar_out(days[0]) if days[1:] else None,
-        }
+    for symbol, quote in newest(symbols).items():
+        bars = {"minuteBar": None, "dailyBar": None, "prevDailyBar": None}
+        with suppress(Refused):
+            bars["minuteBar"] = bar_out(last_bars(quote.ticker, MINUTES)[-1])
+            *before, today = last_bars(quote.ticker, DAYS, 2)
+            bars |= {"dailyBar": bar_out(today), "prevDailyBar": bar_out(before[0]) if before else None}
+        price = quote.price, seen_at(quote)
+        told[symbol] = {"latestTrade": trade_out(*price), "latestQuote": quote_out(*price), **bars}
     return told

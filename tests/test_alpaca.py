@@ -806,6 +806,23 @@ def test_a_stopped_clock_has_no_bar_before_the_first_and_the_wall_clock_wraps(al
     assert count() == len(recorded(alice, 100)) < 10
 
 
+def test_a_ticker_before_its_first_bar_is_none_yet(alice, tmp_path):
+    rows = ["timestamp,ticker,price", "2012-06-01,AAPL,10", "2012-06-04,AAPL,11", "2012-06-04,LATE,12"]
+    (tmp_path / "prices.csv").write_text("\n".join(rows))
+    with loaded(
+        DATABASE_URL=alice.server.database_url, PRICE_SOURCES="sample", SAMPLE_MARKET=tmp_path / "prices.csv"
+    ) as program:
+        stop_clock(alice)
+        client, key = program["app"].test_client(), {"APCA-API-SECRET-KEY": alice.key}
+        for path in ("bars/latest", "trades/latest", "snapshot"):
+            answer = client.get(f"/alpaca/v2/stocks/LATE/{path}", headers=key)
+            assert (answer.status_code, json.loads(answer.text)["problem"]) == (404, "unknown_ticker")
+        bars = client.get("/alpaca/v2/stocks/bars?symbols=LATE,AAPL&start=2020-01-01", headers=key)
+        assert {s: len(b) for s, b in json.loads(bars.text)["bars"].items()} == {"AAPL": 1}
+        with program["app"].app_context():
+            program["db"].engine.dispose()
+
+
 def test_pages_of_bars_come_to_what_one_answer_has(carla):
     asked = {"timeframe": "1Day", "symbols": "AAPL,IBM,BTC/USD", "start": days_ago(60).isoformat()}
     whole = ask(carla, "GET", "/v2/stocks/bars", params=asked).json()
