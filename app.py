@@ -777,7 +777,7 @@ def quote_for(account: Account, ticker: str, quote: Quote | Refused) -> Quote | 
     if (account.market_clock, account.pin_changes) == (seen.market_clock, seen.pin_changes):
         return quote
     quote = market.look_up(ticker, account)
-    if account.orders:
+    if account.settled_at:
         show(account)  # For the minute may have changed as well.
     return quote
 

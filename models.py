@@ -987,11 +987,15 @@ class Account(db.Model):
             raise invalid([{"field": "quantity", "message": "follows that of the order that brought it"}])
         brought = [one for one in self.orders if one.parent_id == order.id and one.is_working]
         wanted = checked(NewOrder, order.as_asked(brought) | changes)
-        for pair in self.orders:
-            if pair is not order and pair.group == order.parent_id and pair.is_working:
-                gain, loss = (wanted, pair) if wanted.order_type == "limit" else (pair, wanted)
-                if gain.limit_price <= loss.stop_price:
-                    raise invalid([{"field": "body", "message": "take_profit must be above stop_loss"}])
+        for other in self.orders:  # What ends with it, and the purchase that has brought it.
+            if other is order or other.group != order.parent_id or not other.is_working:
+                continue
+            limit, stop = other.limit_price, other.stop_price
+            price = limit or stop if other.action == "buy" else stop or limit
+            if wanted.order_type == "limit" and wanted.limit_price <= price:
+                raise invalid([{"field": "body", "message": f"take_profit must be above {plain(price)}"}])
+            if wanted.order_type != "limit" and wanted.stop_price >= price:
+                raise invalid([{"field": "body", "message": f"stop_loss must be below {plain(price)}"}])
         return self.place(wanted, quote, costs, day, old=order, **own)
 
     def cancel(self, *orders: PlacedOrder) -> None:
