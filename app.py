@@ -467,8 +467,12 @@ def up_to_date(account: Account, key_hash: str) -> Account:
     """The account, once its open orders have seen all prices: before anything of it is read."""
     if not market.has_moved(account):  # Asked before the lock: no locked row waits for Yahoo.
         return account
-    with suppress(OutcomeUnknown), transaction(account.user_id):  # Whatever came of it, we look again.
-        locked(account.user_id, key_hash)
+    is_settled = False
+    while not is_settled:
+        with suppress(OutcomeUnknown):  # Whatever came of it, we look again.
+            with transaction(account.user_id):
+                locked(account.user_id, key_hash)
+            is_settled = True
     return Account.with_key(key_hash) or account
 
 
@@ -780,7 +784,7 @@ def quote_for(account: Account, ticker: str, quote: Quote | Refused) -> Quote | 
     if (account.market_clock, account.pin_changes) == (seen.market_clock, seen.pin_changes):
         return quote
     quote = market.look_up(ticker, account)
-    if account.orders:
+    if account.settled_at:
         show(account)  # For the minute may have changed as well.
     return quote
 

@@ -940,7 +940,8 @@ class Account(db.Model):
                 f"An account has at most {ORDERS_LIMIT} open and held orders.",
                 limit=Decimal(ORDERS_LIMIT),
             )
-        self.are_settled(quote.timestamp)
+        # A quote can be older than what the others have seen: that of a ticker which the market has no more.
+        self.are_settled(self.settled_at or quote.timestamp)
         return order
 
     def written(
@@ -1028,10 +1029,10 @@ class Account(db.Model):
         sales = [sale for sale in sales if sale.is_working]
         for sale in sales:
             brings = value_of(sale.quantity, sale.limit or sale.stop_price)
-            sale.commission, sale.reserved_cash = costs.commission(brings), Decimal(0)
-            most = max(most, sale.commission - brings)
+            most = max(most, costs.commission(brings) - brings)
+            sale.commission = sale.reserved_cash = Decimal(0)
         self.need_cash(most)
-        sales[0].reserved_cash = most
+        sales[0].commission = sales[0].reserved_cash = most
 
     def replace(
         self,
