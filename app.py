@@ -6,8 +6,9 @@
     Routes            the API; `trade` is the heart of the program, start reading there
     Commands          what `flask user` and `python app.py` do
 
-What an account may do with its money is in `models.py`, where prices come from in `pricing.py`, what comes in
-and goes out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`.
+What an account may do with its money is in `models.py`, what came of it in `results.py`, where prices come
+from in `pricing.py`, what comes in and goes out in `messages.py`, and what it takes to stand in public
+(limits, headers) in `public.py`.
 """
 
 import csv
@@ -47,7 +48,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 import openapi
 import public
-from database import OutcomeUnknown, db, snapshot, transaction, use_database
+from database import OutcomeUnknown, db, transaction, use_database
 from messages import (
     ACCOUNT_LIMIT,
     ORDER_LIMIT,
@@ -63,6 +64,7 @@ from messages import (
     ExactJSON,
     Filters,
     HealthAnswer,
+    HistoryOptions,
     Listed,
     MarketAnswer,
     NewAccount,
@@ -81,7 +83,6 @@ from messages import (
     Reset,
     RulesAnswer,
     RunAnswer,
-    RunOption,
     TradeOptions,
     checked,
     invalid,
@@ -95,10 +96,7 @@ from messages import (
 from models import (
     Account,
     AdvanceAnswer,
-    AuditAnswer,
-    Books,
     Costs,
-    HistoryAnswer,
     Market,
     PortfolioAnswer,
     PricesAnswer,
@@ -125,6 +123,7 @@ from pricing import (
     yahoo_is_reachable,
 )
 from recorded import FIELDS, BadFile, ticker_from
+from results import AuditAnswer, Books, HistoryAnswer
 from settings import read_settings
 
 VERSION = "1.0.0"
@@ -464,16 +463,12 @@ def admit() -> None:
 
 
 def up_to_date(account: Account, key_hash: str) -> Account:
-    """The account with its open orders, once these have seen all prices: before anything of it is read."""
-    user_id = account.user_id
-    with snapshot():
-        account = Account.with_orders(user_id)
-    if market.has_moved(account):  # Asked before the lock: no locked row waits for Yahoo.
-        with suppress(OutcomeUnknown), transaction(user_id):  # Whatever came of it, we look again.
-            locked(user_id, key_hash)
-        with snapshot():
-            account = Account.with_orders(user_id)
-    return account
+    """The account, once its open orders have seen all prices: before anything of it is read."""
+    if not market.has_moved(account):  # Asked before the lock: no locked row waits for Yahoo.
+        return account
+    with suppress(OutcomeUnknown), transaction(account.user_id):  # Whatever came of it, we look again.
+        locked(account.user_id, key_hash)
+    return Account.with_key(key_hash) or account
 
 
 def locked(user_id: int, key_hash: str, ticker: str = "", order_key: str = "") -> Account:
@@ -489,7 +484,7 @@ def show(account: Account) -> None:
     moment = now()
     if market.is_sample and not market.has_moved(account):
         return
-    log_fills(account.settle(market.passed(account, moment), market.day, COSTS, moment))
+    log_fills(account.settle(market.since_settled(account, moment), market.day, COSTS, moment))
 
 
 def log_fills(trades: list[Trade]) -> list[Trade]:
@@ -577,7 +572,7 @@ def advance(step: Advance) -> AdvanceAnswer:
         bar, fills = market.bar_after(clock, step.bars), []
         if account.orders:
             fills = account.settle(market.bars_between(account, bar), market.day, COSTS, moment)
-        account.stop_clock(bar)
+        account.advance(bar)
         prices = {ticker: quote.price for ticker, quote in market.quotes(tickers, account).items()}
         told = {"fills": [trade.to_dict() for trade in log_fills(fills)]}
         told |= {"prices": prices} if step.tickers else {}
@@ -662,11 +657,14 @@ def fail_where_booked(_) -> None:
 @takes()
 def balance() -> BalanceAnswer:
     """Your cash, and what of it is held back for open orders, in dollars."""
+    cash, reserved = g.account.cash_balance, Decimal(0)
+    if g.account.settled_at:
+        cash, reserved = Account.cash_and_reserve(g.user_id)
     return {
         "user_id": g.user_id,
-        "cash_balance": g.account.cash_balance,
-        "reserved_cash": g.account.reserved_cash,
-        "buying_power": g.account.buying_power,
+        "cash_balance": cash,
+        "reserved_cash": reserved,
+        "buying_power": cash - reserved,
     }
 
 
@@ -1014,24 +1012,32 @@ def reset(start: Reset) -> RunAnswer:
 
 
 @app.get("/api/v1/account/history")
-@takes(query=RunOption)
+@takes(query=HistoryOptions)
 @refuses("not_found")
-def account_history(options: RunOption) -> HistoryAnswer:
-    """How a run went: one point of the equity curve a trade and one for now, and a summary.
+def account_history(options: HistoryOptions) -> HistoryAnswer:
+    """How a run went: its equity curve, and figures that sum all of it up.
 
-    Past holdings are valued at what the market asked then: the recorded bar or the pin of that moment
-    on the sample market, the last quote that this server had published by then on the live one.
+    A curve has a point for each trade, one for each bar that your clock has passed (on the live market: for
+    each day on which this server published a price of what the run trades), and one for now. Past holdings
+    are valued at what the market asked then: the recorded bar or the pin of that moment, or the last quote
+    published by then. What was passed stays, also when you turn the clock back. `resolution` thins the
+    points that are shown and never the figures: `bar` shows all, `day` the last of each of the market's days
+    (UTC), `trade` those of trades and of now.
     """
     books = Books.of(g.user_id)
-    run = options.run or books.account.run
-    if run not in books.runs:
-        raise Refused("not_found", f"Your account has no run {run}.")
-    portfolio = None
-    if run == books.account.run:
-        quotes = market.quotes([holding.ticker for holding in books.holdings], g.account)
-        portfolio = books.account.portfolio(books.holdings, quotes)
-    past_price = market.past(g.user_id, {trade.ticker for trade in books.trades.get(run, [])})
-    return books.history(run, past_price, portfolio, market.time(g.account))
+    account, number = books.account, options.run or books.account.run
+    if number not in books.runs:
+        raise Refused("not_found", f"Your account has no run {number}.")
+    run, portfolio = books.runs[number], None
+    if run is account:
+        quotes = market.quotes([holding.ticker for holding in books.holdings], account)
+        portfolio = account.portfolio(books.holdings, quotes)
+        moment = now()
+        market_time = market.time(account, moment)
+    else:
+        moment, market_time = run.ended_at, run.market_time
+    steps = market.replay(books.past(number), moment, market_time)
+    return books.history(number, steps, portfolio, options.resolution)
 
 
 @app.get("/api/v1/account/audit")

@@ -180,7 +180,28 @@ UPDATE alembic_version SET version_num='0008' WHERE alembic_version.version_num 
 
 UPDATE alembic_version SET version_num='0009' WHERE alembic_version.version_num = '0008';
 
--- Running upgrade 0009 -> 0011
+-- Running upgrade 0009 -> 0010
+
+CREATE TABLE ibkr_stretches (
+    id BIGSERIAL NOT NULL, 
+    user_id BIGINT NOT NULL, 
+    run INTEGER NOT NULL, 
+    first_bar TIMESTAMP WITH TIME ZONE, 
+    last_bar TIMESTAMP WITH TIME ZONE, 
+    begun_at TIMESTAMP WITH TIME ZONE NOT NULL, 
+    CONSTRAINT pk_ibkr_stretches PRIMARY KEY (id), 
+    CONSTRAINT fk_ibkr_stretches_user_id FOREIGN KEY(user_id) REFERENCES ibkr_users (id), 
+    CONSTRAINT ck_ibkr_stretches_both_or_none CHECK ((first_bar IS NULL) = (last_bar IS NULL)), 
+    CONSTRAINT ck_ibkr_stretches_in_order CHECK (first_bar <= last_bar)
+);
+
+CREATE INDEX ix_ibkr_stretches_user_id_run_id ON ibkr_stretches (user_id, run, id);
+
+INSERT INTO ibkr_stretches (user_id, run, first_bar, last_bar, begun_at) SELECT user_id, run, market_clock, market_clock, CURRENT_TIMESTAMP FROM ibkr_balances;
+
+UPDATE alembic_version SET version_num='0010' WHERE alembic_version.version_num = '0009';
+
+-- Running upgrade 0010 -> 0011
 
 CREATE TABLE ibkr_orders (
     id BIGSERIAL NOT NULL, 
@@ -240,7 +261,7 @@ CREATE INDEX ix_ibkr_orders_working ON ibkr_orders (user_id, id) WHERE closed_at
 
 ALTER TABLE ibkr_balances ADD COLUMN settled_at TIMESTAMP WITH TIME ZONE;
 
-UPDATE alembic_version SET version_num='0011' WHERE alembic_version.version_num = '0009';
+UPDATE alembic_version SET version_num='0011' WHERE alembic_version.version_num = '0010';
 
 COMMIT;
 

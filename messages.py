@@ -257,6 +257,8 @@ Tickers = Annotated[
 ]
 Action = Literal["buy", "sell"]
 ActionWord = Annotated[Action, BeforeValidator(in_lower_case), means("In any case")]
+Resolution = Literal["trade", "day", "bar"]
+ResolutionWord = Annotated[Resolution, BeforeValidator(in_lower_case)]
 OrderAmount = Annotated[Decimal, BeforeValidator(checked_amount), number_below(ORDER_LIMIT)]
 OrderType = Literal["market", "limit", "stop", "stop_limit", "trailing_stop"]
 TimeInForce = Annotated[
@@ -459,6 +461,10 @@ class RunOption(NoOptions):
     run: whole_number(1, 2**31 - 1) = means("The account's run; without it, the current one", default=None)
 
 
+class HistoryOptions(RunOption):
+    resolution: ResolutionWord = means("A point for each trade, day or bar, in any case", default="day")
+
+
 class Filters(RunOption):
     """Which trades to show."""
 
@@ -528,6 +534,7 @@ Dollars = number("US dollars, exact, at most 8 decimals", 1502.5)
 Price = number("Dollars for one share or coin, exact, at most 8 decimals", 150.25)
 Shares = number("Shares or coins, exact, at most 8 decimals", 10)
 Percent = number("Percent, with 2 decimals", 1.25)
+Ratio = number("A ratio, with 8 decimals", 1.14285714)
 BasisPoints = number("Hundredths of a percent", 5)
 Milliseconds = Annotated[float, means("Milliseconds")]
 Gigabytes = Annotated[float, means("GiB")]

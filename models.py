@@ -1,8 +1,8 @@
 """The ledger: who has an account, what is in it, and every trade that was ever booked.
 
 Read `Account` first (what may happen to its money: `locked`, `fill`, `book`), then `Holding` and `Trade`
-(what remains for ever), then `Books`, which proves it all. The rules (`fill`, `buy`, `sell`, `add`) are
-methods of the mapped classes and touch no database. Nothing here asks anybody for a price.
+(what remains for ever). `results.py` proves it all and sums it up. The rules (`fill`, `buy`, `sell`, `add`)
+are methods of the mapped classes and touch no database. Nothing here asks anybody for a price.
 
 The books obey one equation for each run of each account, to the last digit, always:
 
@@ -11,7 +11,7 @@ The books obey one equation for each run of each account, to the last digit, alw
 
 import hashlib
 import secrets
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ from messages import (
     unauthorized,
     value_of,
 )
-from orders import ORDERS_LIMIT, DayOf, Passed, PlacedOrder, Step, settle
+from orders import ORDERS_LIMIT, DayOf, Passed, PlacedOrder, Tick, settle
 
 # ------------------------------------------------------------------------------------------- Users
 
@@ -119,7 +119,9 @@ class User(db.Model):
                 db.session.add(user)
                 db.session.flush()  # Which gives it its id.
                 cash = {"cash_balance": cash, "starting_cash": cash}
-                db.session.add(Account(user_id=user.id, run=1, updated_at=now(), pin_changes=0, **cash))
+                account = Account(user_id=user.id, run=1, updated_at=now(), pin_changes=0, **cash)
+                db.session.add(account)
+                Stretch.begin(account)
         except IntegrityError as taken:
             raise Refused("already_exists", f"The email {email} or its API key is already in use.") from taken
         return user.id, api_key
@@ -469,10 +471,12 @@ class Quote(db.Model):
         return quote
 
     @classmethod
-    def past(cls, tickers: Iterable[str]) -> Sequence[sa.Row]:
-        """Every quote of `tickers` ever published, the oldest first."""
-        quotes = sa.select(cls.ticker, cls.timestamp, cls.price).where(cls.ticker.in_(list(tickers)))
-        return db.session.execute(quotes.order_by(cls.number)).all()
+    def published(cls, tickers: Iterable[str], since: datetime, until: datetime) -> Sequence[sa.Row]:
+        """The quotes of `tickers` from `since` to `until`, the oldest first."""
+        quotes = sa.select(cls.ticker, cls.timestamp, cls.price).where(
+            cls.ticker.in_(tickers), cls.timestamp >= since, cls.timestamp <= until
+        )
+        return db.session.execute(quotes.order_by(cls.timestamp, cls.number)).all()
 
     @classmethod
     def after(cls, numbers: dict[str, int]) -> Sequence["Quote"]:
@@ -574,9 +578,59 @@ class Pin(db.Model):
         return {pin.ticker: pin.price for pin in db.session.scalars(pins)}
 
     @classmethod
-    def of(cls, user_id: int) -> Sequence["Pin"]:
+    def of(cls, user_id: int) -> Sequence[sa.Row]:
         """Every pin that the user has set or let go, the oldest first."""
-        return db.session.scalars(sa.select(cls).filter_by(user_id=user_id).order_by(cls.id)).all()
+        return db.session.execute(sa.select(cls.__table__).filter_by(user_id=user_id).order_by(cls.id)).all()
+
+
+class Stretch(db.Model):
+    """Recorded time that the clock of an account's sample market has passed, with the pins of one moment.
+
+    A clock that an account moves on by itself has passed every bar from `first_bar` to `last_bar`. Both are
+    NULL where it ran: from `begun_at` until the next stretch begins, or the run ends, by one bar a minute.
+    A new stretch begins with the run, and whenever the clock jumps, is let run, or a pin changes; to
+    advance makes the last one longer, so that a back-test of 10,000 bars is a row. What is written stays:
+    a fall that was seen is not forgotten when the clock is turned back. On live prices nobody reads it.
+    """
+
+    __tablename__ = "ibkr_stretches"
+    __table_args__ = (
+        Index(None, "user_id", "run", "id"),
+        CheckConstraint("(first_bar IS NULL) = (last_bar IS NULL)", name="both_or_none"),
+        CheckConstraint("first_bar <= last_bar", name="in_order"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[Id]
+    user_id: Mapped[UserId]
+    run: Mapped[int]
+    first_bar: Mapped[Moment | None]
+    last_bar: Mapped[Moment | None]
+    begun_at: Mapped[Moment]
+
+    @classmethod
+    def begin(cls, account: "Account") -> None:
+        """Begin a stretch where the account's clock and pins are now."""
+        here = account.market_clock
+        own = {"user_id": account.user_id, "run": account.run}
+        db.session.add(cls(**own, first_bar=here, last_bar=here, begun_at=now()))
+
+    @classmethod
+    def extend(cls, account: "Account") -> None:
+        """Have the last stretch reach to where the account's clock is now.
+
+        Where that cannot be, as the recorded file was changed for one of another time, a new one begins.
+        """
+        table, here = cls.__table__, account.market_clock
+        last = sa.select(sa.func.max(cls.id)).filter_by(user_id=account.user_id, run=account.run)
+        can_reach = (table.c.id == last.scalar_subquery()) & (table.c.first_bar <= here)
+        if not db.session.execute(sa.update(table).where(can_reach).values(last_bar=here)).rowcount:
+            cls.begin(account)
+
+    @classmethod
+    def of(cls, user_id: int) -> Sequence[sa.Row]:
+        """All that the user's clock has passed, the oldest first."""
+        return db.session.execute(sa.select(cls.__table__).filter_by(user_id=user_id).order_by(cls.id)).all()
 
 
 class QuoteExpired(Exception):
@@ -951,7 +1005,7 @@ class Account(db.Model):
         """Reserve what the fill of `order` may need, so that no fill ever fails for it.
 
         A purchase: what it costs at its worst price. A sale: its shares, and what the least commission may
-        take beyond what it brings at its own price; two that cancel each other hold back once.
+        take beyond what it brings at its limit, or else its stop; two that cancel each other hold back once.
         """
         if order.action == "buy":
             total = value_of(order.quantity, order.limit, ROUND_CEILING)
@@ -964,7 +1018,7 @@ class Account(db.Model):
         most, sales = Decimal(0), [o for o in self.orders if o.group == order.group and o.action == "sell"]
         sales = [sale for sale in sales if sale.is_working]
         for sale in sales:
-            brings = value_of(sale.quantity, sale.own_price)
+            brings = value_of(sale.quantity, sale.limit or sale.stop_price)
             sale.commission, sale.reserved_cash = costs.commission(brings), Decimal(0)
             most = max(most, sale.commission - brings)
         self.need_cash(most)
@@ -988,7 +1042,8 @@ class Account(db.Model):
         brought = [one for one in self.orders if one.parent_id == order.id and one.is_working]
         wanted = checked(NewOrder, order.as_asked(brought) | changes)
         for pair in self.orders:
-            if pair is not order and pair.group == order.parent_id and pair.is_working:
+            is_pair = pair is not order and pair.group == order.group and pair.is_working
+            if is_pair and pair.action == order.action:
                 gain, loss = (wanted, pair) if wanted.order_type == "limit" else (pair, wanted)
                 if gain.limit_price <= loss.stop_price:
                     raise invalid([{"field": "body", "message": "take_profit must be above stop_loss"}])
@@ -1001,14 +1056,14 @@ class Account(db.Model):
                 order.close("canceled", self.orders)
         self.are_settled(self.settled_at)
 
-    def settle(self, steps: Iterable[Step], day_of: DayOf, costs: Costs, moment: datetime) -> list[Trade]:
+    def settle(self, ticks: Iterable[Tick], day_of: DayOf, costs: Costs, moment: datetime) -> list[Trade]:
         """Show what has passed by `moment` to the working orders, and book what is due; answers the trades.
 
         All was held back, so a fill is refused only for a limit of the books, or a least commission above
         all the cash: then the order is canceled for that reason.
         """
         trades = []
-        for order, passed, market_price in settle(self.orders, steps, day_of):
+        for order, passed, market_price in settle(self.orders, ticks, day_of):
             holding = self.holding(order.ticker)
             price = order.own_price
             if not order.is_limit:
@@ -1072,6 +1127,16 @@ class Account(db.Model):
             none = Holding.none(self.user_id, ticker)
             self.held[ticker] = Holding(user_id=self.user_id, ticker=ticker, **row._asdict()) if row else none
         return self.held[ticker]
+
+    @classmethod
+    def cash_and_reserve(cls, user_id: int) -> tuple[Decimal, Decimal]:
+        """The cash of an account with open orders and what of it is held back, of one moment, in dollars."""
+        open_orders = PlacedOrder.user_id == cls.user_id, PlacedOrder.closed_at.is_(None)
+        reserve = sa.select(sa.func.sum(PlacedOrder.reserved_cash)).where(*open_orders).scalar_subquery()
+        cash, reserved = db.session.execute(
+            sa.select(cls.cash_balance, reserve).filter_by(user_id=user_id)
+        ).one()
+        return cash, reserved or Decimal(0)
 
     @classmethod
     def with_orders(cls, user_id: int) -> "Account":
@@ -1165,188 +1230,31 @@ class Account(db.Model):
         self.cancel(*self.orders)
         self.run += 1
         self.cash_balance = self.starting_cash = cash
+        Stretch.begin(self)
 
     def stop_clock(self, bar: datetime | None) -> None:
         """Stop the clock of this account's sample market at `bar`, or let it run again."""
         self.will_change()
         self.market_clock = bar
+        Stretch.begin(self)
+
+    def advance(self, bar: datetime) -> None:
+        """Move this account's stopped clock on to `bar`, past all that are between."""
+        self.will_change()
+        self.market_clock = bar
+        Stretch.extend(self)
 
     def pin(self, ticker: str, price: Decimal | None) -> None:
         """Fix `ticker` at `price` dollars on this account's sample market, or let it go."""
         db.session.add(Pin(user_id=self.user_id, ticker=ticker, price=price, created_at=now()))
         self.will_change()
         self.pin_changes += 1
+        Stretch.begin(self)
 
     @property
     def pins(self) -> dict[str, Decimal]:
         """The prices that are pinned on its sample market now, by ticker."""
         return Pin.in_force(self.user_id) if self.pin_changes else {}
-
-
-# ------------------------------------------------------------------------------------- The results
-
-
-class AuditAnswer(TypedDict):
-    """Whether the books hold."""
-
-    ok: Annotated[bool, means("Whether they do")]
-    trades: Annotated[int, means("How many were replayed")]
-    differences: Annotated[list[str], means("A sentence for each")]
-
-
-class Point(TypedDict):
-    timestamp: Annotated[Time, means("The market's time")]
-    cash: Dollars
-    market_value: Dollars | None
-    equity: Dollars | None
-
-
-class Summary(TypedDict):
-    starting_cash: Dollars
-    equity: Dollars | None
-    total_return_percent: Annotated[Percent | None, means("Profit, in percent of the starting cash")]
-    max_drawdown_percent: Annotated[Percent, means("The deepest fall of equity from a peak, in percent")]
-    trades: int
-    realized_pnl: Dollars
-    win_rate_percent: Annotated[Percent | None, means("Sales that brought a profit, in percent")]
-    profit_factor: Annotated[Shares | None, means("What winning sales gained / what losing sales lost")]
-    commission: Dollars
-
-
-class HistoryAnswer(TypedDict):
-    """How a run went."""
-
-    run: RunNumber
-    points: list[Point]
-    summary: Summary
-
-
-@dataclass
-class Books:
-    """All that is written of one account, read at one moment."""
-
-    account: Account
-    holdings: Sequence[sa.Row]
-    runs: dict[int, Run | Account]
-    trades: dict[int, list[sa.Row]]
-
-    @classmethod
-    def of(cls, user_id: int) -> "Books":
-        with snapshot():
-            account = db.session.get(Account, user_id)
-            holdings = db.session.execute(sa.select(Holding.__table__).filter_by(user_id=user_id)).all()
-            ended = db.session.scalars(sa.select(Run).filter_by(user_id=user_id).order_by(Run.run))
-            runs = {run.run: run for run in ended}
-            trades = defaultdict(list)
-            all_trades = sa.select(Trade.__table__).filter_by(user_id=user_id).order_by(Trade.id)
-            for trade in db.session.execute(all_trades):
-                trades[trade.run].append(trade)
-        return cls(account, holdings, runs | {account.run: account}, trades)
-
-    def audit(self) -> AuditAnswer:
-        """Replay the trades from the start and compare: every balance, holding and cost.
-
-        Answers `{"ok", "trades", "differences"}`, with a sentence for each difference. Every run begins
-        with its starting cash and no holdings, and must end with what the account says that it had.
-        """
-        differences = [
-            f"{len(self.trades[run])} trades are of run {run}, which this account has not had."
-            for run in self.trades.keys() - self.runs.keys()
-        ]
-
-        def compare(what: str, booked, replayed) -> None:
-            if booked != replayed:
-                booked, replayed = (None if n is None else plain(n) for n in (booked, replayed))
-                differences.append(f"{what} is {booked}, and the trades make it {replayed}.")
-
-        for number, run in self.runs.items():
-            account = Account(run=number, cash_balance=run.starting_cash)
-            held = {}
-            for row in self.trades.get(number, []):
-                trade = Trade(**row._asdict())
-                holding = held.setdefault(trade.ticker, Holding.none(trade.user_id, trade.ticker))
-                is_buy = trade.trade_type == "buy"
-                total = value_of(trade.quantity, trade.price, ROUND_CEILING if is_buy else ROUND_FLOOR)
-                compare(f"Trade {row.id}: total_amount", row.total_amount, total)
-                try:
-                    (account.buy if is_buy else account.sell)(trade, holding)
-                except Refused as refused:
-                    differences.append(f"Trade {row.id} should have been refused: {refused}")
-                compare(f"Trade {row.id}: realized_pnl", row.realized_pnl, trade.realized_pnl)
-                compare(f"Trade {row.id}: cash_after", row.cash_after, account.cash_balance)
-            compare(f"Run {number}: cash_balance", run.cash_balance, account.cash_balance)
-        booked = {holding.ticker: holding for holding in self.holdings}  # And `held` is the current run's.
-        none = Holding.none(self.account.user_id, "")
-        for ticker in sorted(booked.keys() | held.keys()):
-            for name in ("quantity", "cost_basis"):
-                pair = (getattr(side.get(ticker, none), name) for side in (booked, held))
-                compare(f"{ticker}: {name}", *pair)
-        count = sum(map(len, self.trades.values()))
-        return {"ok": not differences, "trades": count, "differences": differences}
-
-    def history(
-        self, number: int, past_price, portfolio: PortfolioAnswer | None, market_time: datetime
-    ) -> HistoryAnswer:
-        """How run `number` went: its equity curve and the figures that sum it up.
-
-        One point a trade: cash, and the holdings at what the market asked at that moment, which
-        `past_price(ticker, moment, market_time)` knows (the ticker that was traded: its own
-        `market_price`). The last point is `portfolio`, the account now; a run that has ended is valued
-        at its end. Dollars, and percentages:
-
-        - total return: equity / starting cash - 1;
-        - maximum drawdown: the deepest fall of equity below its highest point before, as a part of that
-          point; the starting cash is the first;
-        - win rate: sales with a profit above 0 / all sales;
-        - profit factor: the sum of all profits / the sum of all losses of sales.
-        """
-        run, trades = self.runs[number], self.trades.get(number, [])
-        points, held, prices = [], defaultdict(Decimal), {}
-
-        def add_point(moment: datetime, market_time: datetime, cash: Decimal, traded: str | None):
-            for ticker in held.keys() - {traded}:
-                prices[ticker] = past_price(ticker, moment, market_time) or prices[ticker]
-            value = sum((value_of(held[t], prices[t]) for t in held if held[t]), Decimal(0))
-            points.append(
-                {"timestamp": market_time, "cash": cash, "market_value": value, "equity": cash + value}
-            )
-
-        for trade in trades:
-            held[trade.ticker] += trade.quantity if trade.trade_type == "buy" else -trade.quantity
-            prices[trade.ticker] = trade.market_price
-            # A live price may have been seen before the last trade; there the market's time is the clock's.
-            at = trade.market_time if trade.price_source == "sample" else trade.created_at
-            add_point(trade.created_at, at, trade.cash_after, trade.ticker)
-        if portfolio:
-            now_worth = {name: portfolio[name] for name in ("market_value", "equity")}
-            points.append({"timestamp": market_time, "cash": run.cash_balance, **now_worth})
-        else:
-            add_point(run.ended_at, run.market_time, run.cash_balance, None)
-
-        equity, start = points[-1]["equity"], run.starting_cash
-        peak, drawdown = start, Decimal(0)
-        for point in points:
-            if point["equity"] is not None and peak:
-                peak = max(peak, point["equity"])
-                drawdown = max(drawdown, (peak - point["equity"]) / peak)
-        sales = [trade.realized_pnl for trade in trades if trade.trade_type == "sell"]
-        profits = sum((sale for sale in sales if sale > 0), Decimal(0))
-        losses = -sum((sale for sale in sales if sale < 0), Decimal(0))
-        return {
-            "run": number,
-            "points": points,
-            "summary": {
-                "starting_cash": start,
-                "equity": equity,
-                "total_return_percent": None if equity is None else percent(equity - start, start),
-                "max_drawdown_percent": percent(drawdown, Decimal(1)),
-                "trades": len(trades),
-                "realized_pnl": sum(sales, Decimal(0)),
-                "win_rate_percent": percent(Decimal(sum(s > 0 for s in sales)), Decimal(len(sales))),
-                "profit_factor": rounded(profits / losses) if losses else None,
-                "commission": sum((trade.commission for trade in trades), Decimal(0)),
-            },
-        }
 
 
 # ---------------------------------------------------------------------- What every request pays for

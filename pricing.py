@@ -12,15 +12,15 @@ import re
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal, InvalidOperation
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise, takewhile
 from math import ceil
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -28,8 +28,10 @@ from urllib.parse import quote as escaped
 from zoneinfo import ZoneInfo
 
 import requests
+import sqlalchemy as sa
 from urllib3.exceptions import HTTPError
 
+from database import snapshot
 from messages import (
     ORDER_LIMIT,
     SHARE_CLASS,
@@ -41,9 +43,10 @@ from messages import (
     now,
     rounded,
 )
-from models import Account, Pin, Quote, Trade, bad_price
-from orders import Passed, Step
+from models import Account, Quote, Trade, bad_price
+from orders import Passed, PlacedOrder, Tick
 from recorded import EPOCH, FIELDS, VOLUME_LIMIT, Bar, read
+from results import Past, Step
 
 log = logging.getLogger(__name__)
 
@@ -161,12 +164,6 @@ def local_time(text, zone="UTC") -> datetime | None:
         return None
 
 
-def latest(prices: list[tuple[datetime, Decimal]], moment: datetime) -> Decimal | None:
-    """The last of `prices`, which are ordered by time, that is not after `moment`."""
-    past = bisect_right(prices, moment, key=itemgetter(0))
-    return prices[past - 1][1] if past else None
-
-
 DAY = TIMEFRAMES["1d"]
 A_MONDAY = datetime.min.replace(tzinfo=UTC)
 """The year 1 began on one; so do weeks."""
@@ -202,10 +199,6 @@ def joined(begin: datetime, bars: list[Bar]) -> Bar:
     """The one bar that `bars` make, which follow each other."""
     high, low = max(bar.high for bar in bars), min(bar.low for bar in bars)
     return Bar(begin, bars[0].open, high, low, bars[-1].close, sum(bar.volume for bar in bars))
-
-
-PastPrice = Callable[[str, datetime, datetime], Decimal | None]
-"""`price(ticker, moment, market_time)`: dollars, or None where nothing is known."""
 
 
 def no_such_ticker(ticker: str) -> Refused:
@@ -412,20 +405,22 @@ class LiveMarket:
                 del self.held_bars[next(iter(self.held_bars))]
         return answer
 
-    def time(self, account=None) -> datetime:
-        return now()
+    def time(self, account=None, moment: datetime | None = None) -> datetime:
+        return moment or now()
 
     def has_moved(self, account: Account) -> bool:
         """Whether there are prices that its open orders have not seen; asks for those that ran out."""
         moment, seen = now(), {}
-        for order in account.orders:
+        with snapshot():
+            orders = PlacedOrder.working(account.user_id)
+        for order in orders:
             if order.time_in_force == "day" and self.day(order.ticker, moment) != order.day:
                 return True
             if order.status == "open":
                 seen[order.ticker] = order.quote_number
         return any(quote.number > seen[t] for t, quote in self.quotes(list(seen)).items())
 
-    def passed(self, account: Account, moment: datetime) -> list[Step]:
+    def since_settled(self, account: Account, moment: datetime) -> list[Tick]:
         """Each quote that was published since the account's open orders saw one, in the order of time."""
         seen = {order.ticker: order.quote_number for order in account.orders if order.status == "open"}
         quotes = [
@@ -453,16 +448,27 @@ class LiveMarket:
         weekend = {5: 2, 6: 1}  # What is placed then waits for Monday.
         return day + timedelta(days=weekend.get(day.weekday(), 0))
 
-    def past(self, user_id: int, tickers: Iterable[str]) -> PastPrice:
-        """What a ticker cost at some moment: the last quote that any process had published by then."""
-        quotes = defaultdict(list)
-        for quote in Quote.past(tickers):
-            quotes[quote.ticker].append((quote.timestamp, quote.price))
+    def replay(self, past: Past, end: datetime, market_time: datetime) -> Iterator[Step]:
+        """The trades of a run, and the last published quote of each day (UTC) on which there was one.
 
-        def price(ticker: str, moment: datetime, market_time: datetime) -> Decimal | None:
-            return latest(quotes[ticker], moment)
-
-        return price
+        Only what it trades counts, from its first trade to `end`. All is valued at the quotes that had been
+        published by then.
+        """
+        quotes, waiting, prices = [], deque(past.trades), {}
+        if waiting:
+            tickers = {trade.ticker for trade in waiting}
+            quotes = Quote.published(tickers, waiting[0].created_at, end)
+        last_of_days = {quote.timestamp.date(): quote for quote in quotes}
+        for quote in quotes:
+            while waiting and waiting[0].created_at < quote.timestamp:
+                trade = waiting.popleft()
+                yield Step(trade.created_at, prices, trade)
+            prices[quote.ticker] = quote.price
+            if quote is last_of_days[quote.timestamp.date()]:
+                yield Step(quote.timestamp, prices)
+        for trade in waiting:
+            yield Step(trade.created_at, prices, trade)
+        yield Step(market_time, prices)
 
     def health(self) -> dict:
         """What this process has seen: hits and misses of its cache, and each source's record."""
@@ -869,6 +875,26 @@ def step_of(bars: list[Bar]) -> timedelta:
     return min((later.timestamp - bar.timestamp for bar, later in pairwise(bars)), default=DAY)
 
 
+def since_last_jump(past: Past) -> Sequence[sa.Row]:
+    """The stretches of a run, without those that its clock left by a jump before the first trade."""
+    stretches = past.stretches
+    first = len(stretches) - 1
+    if past.trades:
+        begun = past.trades[0].created_at
+        first = bisect_right(stretches, begun, key=attrgetter("begun_at")) - 1
+    for stretch, before in pairwise(reversed(stretches[: first + 1])):
+        if stretch.first_bar is None or stretch.first_bar != before.last_bar:
+            break
+        first -= 1
+    return stretches[max(first, 0) :]
+
+
+def at_the_bar(bar: Step, trades: list[sa.Row]) -> list[Tick]:
+    """A bar and the trades made there: first those within it, which had another price than its close."""
+    within = len(list(takewhile(lambda trade: trade.market_price != bar.prices[trade.ticker], trades)))
+    return [Step(bar.timestamp, bar.prices, trade) for trade in (*trades[:within], None, *trades[within:])]
+
+
 class SampleMarket:
     """Recorded prices, as a pure function of the clock: every process and restart agrees on them.
 
@@ -885,9 +911,13 @@ class SampleMarket:
         self.bars: list[datetime] = sorted({bar.timestamp for bars in self.series.values() for bar in bars})
         self.spacing = {ticker: step_of(bars) for ticker, bars in self.series.items()}
 
+    def number_at(self, moment: datetime) -> int:
+        """The place in `bars` of the last one that is not after `moment`, or of the first one."""
+        return max(bisect_right(self.bars, moment) - 1, 0)
+
     def bar_at(self, moment: datetime) -> datetime:
         """The last bar that is not after `moment`, or the first one."""
-        return self.bars[max(bisect_right(self.bars, moment) - 1, 0)]
+        return self.bars[self.number_at(moment)]
 
     def bar_after(self, bar: datetime, count: int) -> datetime:
         """The bar that comes `count` bars after `bar`, or the last one."""
@@ -899,9 +929,9 @@ class SampleMarket:
         """
         return account.market_clock and self.bar_at(account.market_clock)
 
-    def time(self, account: Account) -> datetime:
-        """The market's time: the account's stopped clock, or the bar that the wall clock shows."""
-        return self.clock(account) or self.bar_shown(now())
+    def time(self, account: Account, moment: datetime | None = None) -> datetime:
+        """The market's time, at `moment` or now: the account's stopped clock, or the bar that is shown."""
+        return self.clock(account) or self.bar_shown(moment or now())
 
     def bar_shown(self, moment: datetime) -> datetime:
         return self.bars[minute_of(moment) % len(self.bars)]
@@ -910,18 +940,18 @@ class SampleMarket:
         """Whether there are prices that the account's open orders have not seen."""
         return not account.market_clock and minute_of(now()) > minute_of(account.settled_at)
 
-    def passed(self, account: Account, moment: datetime) -> Iterator[Step]:
+    def since_settled(self, account: Account, moment: datetime) -> Iterator[Tick]:
         """The bars that the wall clock has shown since the account's open orders saw one, until `moment`."""
         first, last = minute_of(account.settled_at) + 1, minute_of(moment)
         minutes = () if account.market_clock else range(first, last + 1)
-        return self.steps(account, (self.bars[minute % len(self.bars)] for minute in minutes))
+        return self.ticks(account, (self.bars[minute % len(self.bars)] for minute in minutes))
 
-    def bars_between(self, account: Account, bar: datetime) -> Iterator[Step]:
+    def bars_between(self, account: Account, bar: datetime) -> Iterator[Tick]:
         """The bars that the account's clock passes on its way from where it stands to `bar`."""
         first, last = bisect_right(self.bars, self.clock(account)), bisect_right(self.bars, bar)
-        return self.steps(account, self.bars[first:last])
+        return self.ticks(account, self.bars[first:last])
 
-    def steps(self, account: Account, bars: Iterable[datetime]) -> Iterator[Step]:
+    def ticks(self, account: Account, bars: Iterable[datetime]) -> Iterator[Tick]:
         """What the tickers of the account's open orders cost in each of `bars`: the row of the file, if it
         has one, or what the account has pinned.
         """
@@ -939,7 +969,7 @@ class SampleMarket:
         row = self.row(ticker, bar)
         return row and row.timestamp == bar and Passed(bar, row.open, row.high, row.low, self.name) or None
 
-    def landing(self, account: Account, moment: datetime) -> list[Step]:
+    def landing(self, account: Account, moment: datetime) -> list[Tick]:
         """The bar to which the clock has jumped: one price for each ticker, its close or what is pinned."""
         bar, pins, passed = self.clock(account) or self.bar_shown(moment), account.pins, {}
         for ticker in {order.ticker for order in account.orders}:
@@ -949,7 +979,7 @@ class SampleMarket:
                 passed[ticker] = Passed(bar, price, price, price, self.name)
         return [(bar, passed)]
 
-    def pinned(self, account: Account, ticker: str, moment: datetime) -> list[Step]:
+    def pinned(self, account: Account, ticker: str, moment: datetime) -> list[Tick]:
         """The one price that a ticker has from now on, as it was pinned or let go."""
         bar = self.clock(account) or self.bar_shown(moment)
         price = account.pins.get(ticker) or self.price(ticker, bar)
@@ -1013,16 +1043,67 @@ class SampleMarket:
             market_time=market_time,
         )
 
-    def past(self, user_id: int, tickers: Iterable[str]) -> PastPrice:
-        """What a ticker cost this user at some moment: the pin in force then, or the recorded bar."""
-        pins = defaultdict(list)
-        for pin in Pin.of(user_id):
-            pins[pin.ticker].append((pin.created_at, pin.price))
+    def replay(self, past: Past, end: datetime, market_time: datetime) -> Iterator[Step]:
+        """The trades of a run, and each bar that the account's clock has passed, in order.
 
-        def price(ticker: str, moment: datetime, market_time: datetime) -> Decimal | None:
-            return latest(pins[ticker], moment) or self.price(ticker, market_time)
+        All is valued at the bar's close, or at what was pinned then. Trades of a time of which no stretch
+        tells, as in older databases, stand alone. Of a clock that runs round and round while nobody trades,
+        two rounds count: more would repeat them, with the same falls, for as long as an account is left.
+        """
+        closes = {ticker: self.closes(ticker) for ticker in {trade.ticker for trade in past.trades}}
+        waiting, pins, pinned = deque(past.trades), deque(past.pins), {}
 
-        return price
+        def prices_at(bar: int, moment: datetime) -> dict[str, Decimal | None]:
+            while pins and pins[0].created_at <= moment:
+                pin = pins.popleft()
+                pinned[pin.ticker] = pin.price
+            return {t: pinned.get(t) or closes[t][bar] for t in closes}
+
+        def stand_alone(until: datetime) -> Iterator[Step]:
+            while waiting and waiting[0].created_at <= until:
+                trade = waiting.popleft()
+                prices = prices_at(self.number_at(trade.market_time), trade.created_at)
+                yield Step(trade.market_time, prices, trade)
+
+        for stretch, following in pairwise([*since_last_jump(past), None]):
+            until = following.begun_at if following else end
+            yield from stand_alone(stretch.begun_at)
+            passed = self.passed(stretch, until)
+            if stretch.first_bar is None and len(waiting) == len(past.trades):  # There is nothing at stake.
+                first = self.place(waiting[0], stretch) if waiting else passed.stop
+                passed = range(max(passed.start, first), passed.stop)
+            quiet = 0
+            for place in passed:
+                bar, due = place % len(self.bars), []
+                while waiting and waiting[0].created_at <= until and self.place(waiting[0], stretch) <= place:
+                    due.append(waiting.popleft())
+                quiet = 0 if due else quiet + 1
+                if quiet <= 2 * len(self.bars):
+                    yield from at_the_bar(Step(self.bars[bar], prices_at(bar, stretch.begun_at)), due)
+        yield from stand_alone(end)
+        yield Step(market_time, prices_at(self.number_at(market_time), end))
+
+    def passed(self, stretch: sa.Row, until: datetime) -> range:
+        """The places of the bars that were passed, which are their numbers in `bars`.
+
+        Where the clock ran they are minutes since 1970, whose remainders are those numbers.
+        """
+        if stretch.first_bar is None:
+            return range(minute_of(stretch.begun_at), minute_of(until) + 1)
+        return range(self.number_at(stretch.first_bar), self.number_at(stretch.last_bar) + 1)
+
+    def place(self, trade: sa.Row, stretch: sa.Row) -> int:
+        """The place in `passed` of a trade's bar; where the clock ran, when it last showed that."""
+        bar = self.number_at(trade.market_time)
+        if stretch.first_bar is None:
+            booked = minute_of(trade.created_at)
+            return booked - (booked - bar) % len(self.bars)
+        return bar
+
+    def closes(self, ticker: str) -> list[Decimal | None]:
+        """The last close of `ticker` at each of `bars`."""
+        closes = {bar.timestamp: bar.close for bar in self.series.get(ticker, [])}
+        return list(accumulate(map(closes.get, self.bars), lambda last, close: close or last))
 
     def row(self, ticker: str, bar: datetime) -> Bar | None:
         """The last row of `ticker` at `bar` or before."""

@@ -82,7 +82,7 @@ def report(broker: Broker) -> None:
     """Print how it went, and draw the equity curve where matplotlib is installed."""
     history = broker.call("GET", "/account/history")
     for name, value in history["summary"].items():
-        print(f"{name:22} {value}")
+        print(f"{name:25} {value}")
     try:
         import matplotlib
 
@@ -91,7 +91,7 @@ def report(broker: Broker) -> None:
     except ImportError:
         return
     pyplot.plot([float(point["equity"]) for point in history["points"]])
-    pyplot.title("Equity in dollars, trade by trade")
+    pyplot.title("Equity in dollars, day by day")
     pyplot.savefig("equity.png")
     print("The equity curve is in equity.png.")
 

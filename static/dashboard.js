@@ -775,7 +775,7 @@ async function pageOfTrades() {
 /** The run, its curve and its figures: long for a busy bot, so asked for when something has changed. */
 async function refreshHistory(state) {
   const shownRun = seen.shownRun;
-  const history = await askIfThere(`/api/v1/account/history${shownRun ? `?run=${shownRun}` : ""}`);
+  const history = await askIfThere(`/api/v1/account/history?resolution=trade${shownRun ? `&run=${shownRun}` : ""}`);
   if (shownRun !== seen.shownRun || !key) return;
   $("overview").querySelector(".run").hidden = $("overview").querySelector("figure").hidden = !history;
   if (!history) return;

@@ -206,6 +206,31 @@ class Trader:
     def sells(self, quantity, ticker, at=None, **options):
         return exact(self.order("sell", quantity, ticker, at, **options))
 
+    def places(self, action, quantity, ticker, order_type, key=None, **more):
+        """Place an order that may wait, and answer it, or why not."""
+        order = {"ticker": ticker, "action": action, "quantity": str(quantity), "order_type": order_type}
+        headers = {"Idempotency-Key": key} if key else {}
+        return exact(self.ask("POST", "/api/v1/orders", json=order | more, headers=headers))
+
+    def cancels(self, order: dict):
+        return exact(self.ask("DELETE", f"/api/v1/orders/{order['id']}"))
+
+    def replaces(self, order: dict, **changes):
+        return exact(self.ask("PATCH", f"/api/v1/orders/{order['id']}", json=changes))
+
+    def finds(self, order: dict) -> dict:
+        """How an order stands by now."""
+        return self.get(f"/api/v1/orders/{order['id']}")
+
+    def goes_to(self, moment: str) -> "Trader":
+        """Stop the clock at a recorded time."""
+        answer = self.ask("PUT", "/api/v1/market/clock", json={"at": moment})
+        assert answer.status_code == 200, answer.text
+        return self
+
+    def advances(self, bars=1, **more) -> dict:
+        return exact(self.ask("POST", "/api/v1/market/advance", json={"bars": bars} | more))
+
     def sees(self, ticker, at) -> "Trader":
         """Pin the price that the market asks of this trader."""
         answer = self.ask("PUT", f"/api/v1/market/prices/{ticker}", json={"price": str(at)})
@@ -232,7 +257,11 @@ class Trader:
     @property
     def books(self) -> tuple:
         """All that a refused request must leave as it was."""
-        return self.cash, self.holdings, self.trades
+        return self.get("/api/v1/balance"), self.holdings, self.trades, self.orders
+
+    @property
+    def orders(self) -> list[dict]:
+        return self.get("/api/v1/orders", status="all", limit=500)["orders"]
 
     def audit(self) -> dict:
         return self.get("/api/v1/account/audit")

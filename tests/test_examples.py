@@ -6,15 +6,24 @@ import sys
 from cast import ROOT, exact
 
 RESULT = """\
-starting_cash          100000
-equity                 98580.152
-total_return_percent   -1.42
-max_drawdown_percent   8.07
-trades                 6
-realized_pnl           -1419.848
-win_rate_percent       33.33
-profit_factor          0.91414409
-commission             0
+starting_cash             100000
+equity                    98580.152
+total_return_percent      -1.42
+annual_return_percent     -1.43
+annual_volatility_percent 16.17
+sharpe_ratio              -0.00762956
+sortino_ratio             -0.01004506
+exposure_percent          37.45
+max_drawdown_percent      12.5
+trades                    6
+realized_pnl              -1419.848
+winning_sales             1
+losing_sales              2
+even_sales                0
+win_rate_percent          33.33
+profit_factor             0.91414409
+commission                0
+fees_percent              0
 """
 
 

@@ -243,9 +243,9 @@ def test_the_summary_follows_a_worked_example(server):
     alice.sees("AAPL", at=65).sells(1, "AAPL")  # cash 705, 3 at 65: 900; loss 35
     alice.sees("AAPL", at=100).sells(1, "AAPL")  # cash 805, 2 at 100: 1005; profit 0
     alice.sees("AAPL", at="147.5")  # now: 805 + 295 = 1100
-    history = alice.get("/api/v1/account/history")
+    history = alice.get("/api/v1/account/history", resolution="trade")
     assert [point["equity"] for point in history["points"]] == [1000, 1200, 900, 1005, 1100]
-    assert history["summary"] == {
+    figures = {
         "starting_cash": 1000,
         "equity": 1100,
         "total_return_percent": 10,
@@ -256,6 +256,7 @@ def test_the_summary_follows_a_worked_example(server):
         "profit_factor": Decimal("1.14285714"),
         "commission": 0,
     }
+    assert figures.items() <= history["summary"].items()
 
 
 def test_the_starting_cash_is_the_first_peak(server):
@@ -279,7 +280,7 @@ def test_the_last_point_is_the_portfolio_and_past_points_keep_their_prices(alice
     alice.sees("MSFT", at=20).buys(1, "MSFT")
     advance(alice)
     alice.sees("MSFT", at=30).buys(1, "IBM")
-    history = alice.get("/api/v1/account/history")
+    history = alice.get("/api/v1/account/history", resolution="trade")
     assert [point["timestamp"][:10] for point in history["points"]] == [
         "2012-06-01",
         "2012-06-04",

@@ -594,7 +594,8 @@ def test_at_a_stale_price_nothing_is_bought_and_a_holding_is_sold(crowd, market)
     assert (sold["price"], sold["realized_pnl"]) == (9, -40)
     assert refusal(alice.order("sell", 1, ticker, at="9.01")) == (409, "price_above_market")
     assert alice.audit()["ok"]
-    bought, sold, _ = (moment(point["timestamp"]) for point in alice.get("/api/v1/account/history")["points"])
+    points = alice.get("/api/v1/account/history", resolution="trade")["points"]
+    bought, sold, _ = (moment(point["timestamp"]) for point in points)
     assert bought < sold  # The curve goes by the clock, however old a price is.
 
 
