@@ -20,6 +20,7 @@ const RETRY_AFTER_SECONDS = [1, 2, 4];
 const TRADES_ON_A_PAGE = 25;
 const MOST_AT_ONCE = 500; // Trades or orders, as the server has it; no account has more open orders.
 const DAYS_OF_A_CHART = 250;
+const MOST_POINTS = 5000; // A run that has more is asked for by the day.
 const TEST_KEY = "test-api-key-123";
 const SOURCES = { sample: "Sample market", yahoo: "Yahoo Finance", yahoo_finance: "Yahoo Finance", alphavantage: "Alpha Vantage" };
 
@@ -681,7 +682,7 @@ function fitCharts() {
 const seen = {
   sources: [], isSample: false, portfolio: null, market: null, updated: "",
   run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "", refreshes: 0, healthAt: 0,
-  orders: [], chartOf: null,
+  orders: [], chartOf: null, longRun: null,
 };
 
 let refreshing = null;
@@ -775,7 +776,9 @@ async function pageOfTrades() {
 /** The run, its curve and its figures: long for a busy bot, so asked for when something has changed. */
 async function refreshHistory(state) {
   const shownRun = seen.shownRun;
-  const history = await askIfThere(`/api/v1/account/history?resolution=trade${shownRun ? `&run=${shownRun}` : ""}`);
+  const resolution = seen.longRun === (shownRun ?? seen.run) ? "day" : "bar";
+  const query = new URLSearchParams({ resolution, ...(shownRun && { run: shownRun }) });
+  const history = await askIfThere(`/api/v1/account/history?${query}`);
   if (shownRun !== seen.shownRun || !key) return;
   $("overview").querySelector(".run").hidden = $("overview").querySelector("figure").hidden = !history;
   if (!history) return;
@@ -785,6 +788,7 @@ async function refreshHistory(state) {
     if (startedOver) turnTo([null]);
   }
   seen.historyOf = state;
+  if (history.points.length > MOST_POINTS) seen.longRun = Number(history.run);
   drawRuns();
   drawSummary(history);
   drawCurve(history);
@@ -1095,7 +1099,7 @@ async function signIn(text) {
 function forget() {
   key = null;
   sessionStorage.clear();
-  Object.assign(seen, { portfolio: null, market: null, updated: "", run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "", orders: [] });
+  Object.assign(seen, { portfolio: null, market: null, updated: "", run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "", orders: [], longRun: null });
   closeChart();
   plot?.destroy();
   plot = null;

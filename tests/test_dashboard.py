@@ -472,13 +472,32 @@ def test_the_equity_curve_is_drawn_and_grows(visit):
     visit.signs_in()
     expect(visit["curve"].locator("canvas")).to_be_visible()
     visit.reads("readout", f"{equity} USD")
-    assert f"from 100,000.00 USD to {equity} USD, 3 points" in visit["curve"].get_attribute("aria-label")
+    points = len(alice.get("/api/v1/account/history", resolution="bar")["points"])
+    assert points > 20
+    said = f"from 100,000.00 USD to {equity} USD, {points} points"
+    assert said in visit["curve"].get_attribute("aria-label")
     assert pixels_of(visit.page) > 300
     before = alice.portfolio["equity"]
     visit.presses("+20").reads("clock-now", "2012-07-30")
     assert alice.portfolio["equity"] != before
     visit.reads("readout", f"{alice.portfolio['equity']:,.2f} USD")
     assert pixels_of(visit.page) > 300
+
+
+def test_a_curve_of_very_many_bars_is_asked_for_by_the_day(visit):
+    """A run with so many takes long to make, so here the server's answer is lengthened on the way."""
+    asked = []
+
+    def lengthened(route: Route):
+        asked.append(re.search("resolution=([a-z]+)", route.request.url)[1])
+        answer = route.fetch()
+        history = answer.json()
+        route.fulfill(response=answer, json=history | {"points": history["points"][-1:] * 5001})
+
+    visit.page.route("**/api/v1/account/history?*", lengthened)
+    visit.signs_in().reads("readout", "100,000.00 USD").presses("+1 bar").reads("clock-now", "2012-06-04")
+    visit.reads("readout", "2012-06-04")
+    assert asked == ["bar", "day"]
 
 
 def test_the_drawdown_hangs_below_the_equity_curve(visit):
