@@ -370,7 +370,7 @@ function drawOrders({ orders }) {
   $("orders").querySelector(".scroll").hidden = orders.length === 0;
   $("cancel-all").setAttribute("aria-disabled", String(orders.length === 0));
   // Not to the next Cancel: whoever presses Enter twice would cancel that too.
-  if (hadFocus && !$("orders").contains(document.activeElement)) $("orders-heading").focus({ preventScroll: true });
+  if (hadFocus && !(orders.length && $("orders").contains(document.activeElement))) $("orders-heading").focus({ preventScroll: true });
 }
 
 function drawSummary(history) {
@@ -610,14 +610,13 @@ async function refreshChart() {
 /** A holding's price by the day, with a mark for each of the trades since; the table below says the same in words. */
 function drawChart(ticker, bars, trades) {
   if (!bars.length) return draw($("chart-said"), `There are no past prices of ${ticker}.`);
-  const marks = trades.filter((trade) => trade.market_time >= bars[0].timestamp);
+  const marks = trades.filter((trade) => epoch(trade.market_time) >= epoch(bars[0].timestamp));
   const bought = marks.filter((trade) => trade.trade_type === "buy").length;
   const counted = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
   const [first, last] = [bars[0], bars.at(-1)];
   draw($("chart-said"), `${counted(bars.length, "day")} from ${day(first.timestamp)} (${exactly(first.close)}) to ` +
     `${day(last.timestamp)} (${exactly(last.close)}), with ▲ ${counted(bought, "purchase")} and ▼ ${counted(marks.length - bought, "sale")}.`);
   drawRows($("chart-rows"), marks, (trade) => trade.id, MARK_COLUMNS);
-  $("chart").querySelector(".scroll").hidden = marks.length === 0;
   const lines = [bars.map((bar) => epoch(bar.timestamp)), bars.map((bar) => float(bar.close))];
   chartBars = bars;
   chartMarks = marks.map((trade) => ({ at: epoch(trade.market_time), price: float(trade.price), isBuy: trade.trade_type === "buy" }));
@@ -1110,6 +1109,7 @@ function forget() {
   for (const id of ["updated", "order-result", "orders-count", "orders-result", "start-over-result", "clock-result", "csv-result", "readout"]) draw($(id), "");
   for (const id of ["equity", "change", "cash", "market-value", "cost", "unrealized", "realized", "total"]) draw($(id), "");
   askToStartOver(false);
+  drawTicket();
   drawSources();
 }
 

@@ -361,6 +361,24 @@ def test_a_stop_that_was_filled_is_among_the_trades(visit):
     assert alice.holdings["AAPL"][0] == 6
 
 
+def test_what_is_held_back_is_shown_once_and_not_offered_for_sale(visit):
+    alice = visit.trader
+    alice.buys(7, "AAPL")
+    bracket = {"take_profit": {"limit_price": 650}, "stop_loss": {"stop_price": 450}}
+    entry = {"ticker": "AAPL", "action": "buy", "quantity": 3, "order_type": "market"}
+    assert alice.ask("POST", "/api/v1/orders", json=entry | bracket).json()["status"] == "filled"
+    stop, gain = alice.get("/api/v1/orders")["orders"]
+    visit.signs_in().reads("orders-rows", f"with order {gain['id']}")
+    rows = visit["orders-rows"].locator("tr")
+    held_back = [rows.nth(i).locator("th, td").all_inner_texts()[9:11] for i in range(2)]
+    assert held_back == [["open", f"with order {gain['id']}"], ["open", "3 AAPL"]]
+    visit.presses("Sell AAPL…")
+    expect(visit["quantity"]).to_have_value("7")
+    visit.presses(f"Cancel order {stop['id']}").reads("orders-none", "No open orders")
+    visit.presses("Sell AAPL…")
+    expect(visit["quantity"]).to_have_value("10")
+
+
 def test_each_type_of_order_has_its_own_prices_and_is_placed_with_them(visit):
     alice = visit.trader
     alice.buys(10, "AAPL")
