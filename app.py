@@ -603,6 +603,8 @@ def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
         raise no_such_ticker(ticker)
     with transaction(g.user_id):
         account, moment = locked(g.user_id, g.key_hash), now()
+        if price is None and ticker not in account.pins:
+            return market_of(account)  # Nothing is let go, and so it is no new price.
         account.pin(ticker, price)
         if account.orders:
             log_fills(account.settle(market.pinned(account, ticker, moment), market.day, COSTS, moment))
@@ -1043,8 +1045,8 @@ def account_history(options: HistoryOptions) -> HistoryAnswer:
 @app.get("/api/v1/account/audit")
 @takes()
 def audit() -> AuditAnswer:
-    """Whether your books hold: every trade replayed from the start, and compared to the last digit."""
-    return Books.of(g.user_id).audit()
+    """Whether your books hold: every trade and order replayed from the start, to the last digit."""
+    return Books.of(g.user_id).audit(market.has_asked)
 
 
 @app.get("/api/v1/rules")
@@ -1279,7 +1281,7 @@ def audit_all():
     """Replay every trade of every account and compare the books to the last digit."""
     differences = count = 0
     for user, _ in User.all():
-        report = Books.of(user.id).audit()
+        report = Books.of(user.id).audit(market.has_asked)
         count += report["trades"]
         differences += len(report["differences"])
         for sentence in report["differences"]:

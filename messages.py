@@ -359,6 +359,17 @@ PRICES_OF = {
 """Which prices an order of each type has; a trailing one has one of the two."""
 
 
+def upside_down(gain: Decimal | None, loss: Decimal | None, price: Decimal | None) -> str | None:
+    """What is wrong with exits at a `gain` and a `loss`, in a sentence, for what was bought at `price`."""
+    if gain and loss and gain <= loss:
+        return "take_profit must be above stop_loss"
+    if gain and price and gain <= price:
+        return f"take_profit must be above {plain(price)}"
+    if loss and price and loss >= price:
+        return f"stop_loss must be below {plain(price)}"
+    return None
+
+
 class NewOrder(Sized):
     """An order that may wait."""
 
@@ -402,13 +413,7 @@ class NewOrder(Sized):
         """What is wrong with what it brings, if that is on the wrong side of its `price` or of each other."""
         gain = self.take_profit and self.take_profit.limit_price
         loss = self.stop_loss and self.stop_loss.stop_price
-        if gain and loss and gain <= loss:
-            return "take_profit must be above stop_loss"
-        if gain and self.action == "buy" and price and gain <= price:
-            return f"take_profit must be above {plain(price)}"
-        if loss and price and loss >= price:
-            return f"stop_loss must be below {plain(price)}"
-        return None
+        return upside_down(gain, loss, price)
 
     @property
     def legs(self) -> list[dict]:

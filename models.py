@@ -72,6 +72,7 @@ from messages import (
     plain,
     rounded,
     unauthorized,
+    upside_down,
     value_of,
 )
 from orders import ORDERS_LIMIT, DayOf, Passed, PlacedOrder, Tick, settle
@@ -484,6 +485,11 @@ class Quote(db.Model):
         newer = [(cls.ticker == ticker) & (cls.number > number) for ticker, number in numbers.items()]
         quotes = sa.select(cls).where(sa.or_(sa.false(), *newer))
         return db.session.scalars(quotes.order_by(cls.timestamp, cls.ticker, cls.number)).all()
+
+    @classmethod
+    def was_published(cls, ticker: str, price: Decimal) -> bool:
+        found = sa.select(cls.number).filter_by(ticker=ticker, price=price).limit(1)
+        return db.session.scalar(found) is not None
 
     def once_more(self, refusal: str, valid_until: datetime) -> "Quote":
         """The same price for a while longer, at which nothing is bought."""
@@ -1041,12 +1047,13 @@ class Account(db.Model):
             raise invalid([{"field": "quantity", "message": "follows that of the order that brought it"}])
         brought = [one for one in self.orders if one.parent_id == order.id and one.is_working]
         wanted = checked(NewOrder, order.as_asked(brought) | changes)
-        for pair in self.orders:
-            is_pair = pair is not order and pair.group == order.group and pair.is_working
-            if is_pair and pair.action == order.action:
-                gain, loss = (wanted, pair) if wanted.order_type == "limit" else (pair, wanted)
-                if gain.limit_price <= loss.stop_price:
-                    raise invalid([{"field": "body", "message": "take_profit must be above stop_loss"}])
+        if order.action == "sell":
+            others = [o for o in self.orders if o is not order and o.group == order.group and o.is_working]
+            sales = {o.order_type == "limit": o for o in (*others, wanted) if o.action == "sell"}
+            gain, loss = sales.get(True), sales.get(False)
+            entry = next((o.entry_price for o in others if o.action == "buy"), None)
+            if wrong := upside_down(gain and gain.limit_price, loss and loss.stop_price, entry):
+                raise invalid([{"field": "body", "message": wrong}])
         return self.place(wanted, quote, costs, day, old=order, **own)
 
     def cancel(self, *orders: PlacedOrder) -> None:

@@ -9,7 +9,7 @@ holdings is `Account.settle` in models.py; `Account.place` decides what is fille
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date, datetime
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 from typing import Annotated, Literal, NamedTuple
 
 import sqlalchemy as sa
@@ -39,6 +39,7 @@ from messages import (
     now,
     plain,
     rounded,
+    value_of,
 )
 
 ORDERS_LIMIT = 500
@@ -210,6 +211,11 @@ class PlacedOrder(db.Model):
         return self.limit_price
 
     @property
+    def entry_price(self) -> Decimal | None:
+        """At about what a purchase that waits will be filled, if it says so: its exits lie around that."""
+        return self.limit_price or (self.stop_price if self.order_type == "stop" else None)
+
+    @property
     def own_price(self) -> Decimal:
         """The price that it waits for."""
         return self.limit if self.is_limit else self.stop_price
@@ -257,6 +263,34 @@ class PlacedOrder(db.Model):
         stop = rounded(price + far if self.action == "buy" else price - far)
         better = min if self.action == "buy" else max
         self.stop_price = stop if self.stop_price is None else better(self.stop_price, stop)
+
+    # What the audit asks.
+
+    def is_filled_by(self, trade) -> bool:
+        """Whether a trade is what fills it: due at the market's price there, and at the price it promises."""
+        own = (self.id, self.run, self.ticker, self.action, self.quantity, self.price)
+        if own != (trade.order_id, trade.run, trade.ticker, trade.trade_type, trade.quantity, trade.price):
+            return False
+        sign = 1 if self.action == "buy" else -1
+        limit = self.limit_price if self.order_type != "trailing_stop" else None
+        if limit is not None and sign * (trade.price - limit) > 0:
+            return False
+        if self.order_type == "market":
+            return True
+        if self.is_limit:
+            return (
+                trade.price in (self.limit, trade.market_price)
+                and sign * (trade.market_price - self.limit) <= 0
+            )
+        return sign * (trade.market_price - self.stop_price) >= 0
+
+    def holds_back_what_it_must(self) -> bool:
+        """What a purchase may cost; of a trailing one, whose stop has moved since, at least that."""
+        if self.action == "sell":
+            return self.reserved_cash <= self.commission
+        needed = value_of(self.quantity, self.limit, ROUND_CEILING) + self.commission
+        moved = self.order_type == "trailing_stop"
+        return self.reserved_cash >= needed if moved else self.reserved_cash == needed
 
     # What hangs on what.
 

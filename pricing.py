@@ -448,6 +448,10 @@ class LiveMarket:
         weekend = {5: 2, 6: 1}  # What is placed then waits for Monday.
         return day + timedelta(days=weekend.get(day.weekday(), 0))
 
+    def has_asked(self, trade: sa.Row, pins=()) -> bool:
+        """Whether a quote of that price was ever published."""
+        return Quote.was_published(trade.ticker, trade.market_price)
+
     def replay(self, past: Past, end: datetime, market_time: datetime) -> Iterator[Step]:
         """The trades of a run, and the last published quote of each day (UTC) on which there was one.
 
@@ -984,6 +988,15 @@ class SampleMarket:
         bar = self.clock(account) or self.bar_shown(moment)
         price = account.pins.get(ticker) or self.price(ticker, bar)
         return [(bar, {ticker: Passed(bar, price, price, price, self.name)})] if price else []
+
+    def has_asked(self, trade: sa.Row, pins: Sequence[sa.Row]) -> bool:
+        """Whether a ticker cost what a trade says in its bar, or was pinned so, as far as the file knows."""
+        row = self.row(trade.ticker, trade.market_time)
+        low, high = (row.low, row.high) if row else (0, ORDER_LIMIT)
+        if row and row.timestamp < trade.market_time:
+            low = high = row.close
+        pinned = any((pin.ticker, pin.price) == (trade.ticker, trade.market_price) for pin in pins)
+        return pinned or low <= trade.market_price <= high
 
     def day(self, ticker: str, moment: datetime) -> date:
         """The day of the market in which a bar falls."""

@@ -4,7 +4,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
@@ -25,6 +25,7 @@ from messages import (
     Resolution,
     RunNumber,
     Time,
+    iso,
     means,
     percent,
     plain,
@@ -32,6 +33,7 @@ from messages import (
     value_of,
 )
 from models import Account, Holding, Pin, PortfolioAnswer, Run, Stretch, Trade
+from orders import PlacedOrder
 
 # ----------------------------------------------------------------------------------------- Answers
 
@@ -248,6 +250,7 @@ class Books:
     trades: dict[int, list[sa.Row]]
     stretches: dict[int, list[sa.Row]]
     pins: Sequence[sa.Row]
+    orders: Sequence[PlacedOrder]
 
     @classmethod
     def of(cls, user_id: int) -> "Books":
@@ -263,10 +266,15 @@ class Books:
             for stretch in Stretch.of(user_id):
                 stretches[stretch.run].append(stretch)
             pins = Pin.of(user_id)
-        return cls(account, holdings, runs | {account.run: account}, trades, stretches, pins)
+            own_orders = sa.select(PlacedOrder).filter_by(user_id=user_id).order_by(PlacedOrder.id)
+            orders = db.session.scalars(own_orders).all()
+        return cls(account, holdings, runs | {account.run: account}, trades, stretches, pins, orders)
 
-    def audit(self) -> AuditAnswer:
-        """Replay the trades from the start and compare: every balance, holding and cost.
+    def audit(self, has_asked: Callable[[sa.Row, Sequence[sa.Row]], bool]) -> AuditAnswer:
+        """Replay the trades from the start and compare: every balance, holding and cost, and every order.
+
+        `has_asked(trade, pins)` is the market's word that it asked a trade's `market_price`, for those that
+        fill an order.
 
         Answers `{"ok", "trades", "differences"}`, with a sentence for each difference. Every run begins
         with its starting cash and no holdings, and must end with what the account says that it had.
@@ -303,8 +311,49 @@ class Books:
             for name in ("quantity", "cost_basis"):
                 pair = (getattr(side.get(ticker, none), name) for side in (booked, held))
                 compare(f"{ticker}: {name}", *pair)
+        differences += self.wrong_orders(has_asked)
         count = sum(map(len, self.trades.values()))
         return {"ok": not differences, "trades": count, "differences": differences}
+
+    def wrong_orders(self, has_asked) -> Iterator[str]:
+        """A sentence for each order that is not in one state, was filled when it was not due, or holds back
+        something else than it has to."""
+        orders = {order.id: order for order in self.orders}
+        trades = {trade.id: trade for run in self.trades.values() for trade in run}
+        for trade in trades.values():
+            if trade.order_id and getattr(orders.get(trade.order_id), "trade_id", None) != trade.id:
+                yield f"Trade {trade.id} fills order {trade.order_id}, which knows nothing of it."
+        for order in self.orders:
+            parent, trade = orders.get(order.parent_id), trades.get(order.trade_id)
+            if order.status == "filled":
+                if trade is None or not order.is_filled_by(trade):
+                    yield f"Order {order.id} is filled by trade {order.trade_id}, which is no fill of it."
+                elif not has_asked(trade, self.pins):
+                    at = f"{plain(trade.market_price)} at {iso(trade.market_time)}"
+                    yield f"Order {order.id} was filled where {order.ticker} did not cost {at}."
+            elif order.is_working:
+                if order.run != self.account.run:
+                    yield f"Order {order.id} is {order.status} in a run that is over."
+                is_held = parent is not None and parent.action == "buy" and parent.is_working
+                if (order.status == "held") != is_held:
+                    other = f"order {order.parent_id} {parent and parent.status}"
+                    yield f"Order {order.id} is {order.status}, and {other}."
+                if not order.holds_back_what_it_must():
+                    held = plain(order.reserved_cash)
+                    yield f"Order {order.id} holds back {held}, which is not what it may cost."
+        working = [order for order in self.orders if order.is_working]
+        filled = [order.group for order in self.orders if order.status == "filled" and order.action == "sell"]
+        for group in {group for group in filled if filled.count(group) > 1}:
+            yield f"Two orders that cancel each other, of order {group}, are filled."
+        self.account.orders = working
+        if self.account.buying_power < 0:
+            yield f"Open orders hold back {plain(self.account.reserved_cash)}, which is more than the cash."
+        held = {holding.ticker: holding.quantity for holding in self.holdings}
+        for ticker in sorted({order.ticker for order in working}):
+            if self.account.reserved_shares(ticker) > held.get(ticker, 0):
+                yield f"Open orders hold back more {ticker} than there is."
+        if (self.account.settled_at is None) != (not working):
+            yield f"{len(working)} orders are open, and the account says otherwise."
 
     def past(self, number: int) -> Past:
         """All that a market needs to replay run `number`."""

@@ -282,9 +282,10 @@ def test_a_replacement_may_use_what_the_old_order_held_back(carol):
 def test_an_exit_that_stands_alone_can_be_replaced_while_it_is_held(carol, legs):
     entry = carol.places("buy", 1, "XYZ", "limit", limit_price=98, **legs)
     leg = carol.get("/api/v1/orders")["orders"][0]
-    price = "limit_price" if "take_profit" in legs else "stop_price"
-    new = carol.replaces(leg, **{price: 101})
-    assert (new["status"], new["parent_id"], new[price]) == ("held", entry["id"], 101)
+    price, wanted, wrong = ("limit_price", 101, 98) if "take_profit" in legs else ("stop_price", 82, 98)
+    assert carol.replaces(leg, **{price: wrong})["code"] == "invalid_request"
+    new = carol.replaces(leg, **{price: wanted})
+    assert (new["status"], new["parent_id"], new[price]) == ("held", entry["id"], wanted)
 
 
 def test_two_exits_cannot_be_put_upside_down(carol):
@@ -303,7 +304,7 @@ def test_two_exits_cannot_be_put_upside_down(carol):
     assert carol.replaces(gain, limit_price=85)["code"] == "invalid_request"
     assert carol.replaces(gain, quantity=2)["code"] == "invalid_request"
     assert carol.books == before
-    assert carol.replaces(gain, limit_price=86)["status"] == "held"
+    assert carol.replaces(gain, limit_price=99)["status"] == "held"
 
 
 def test_a_key_places_one_order_and_is_good_for_no_other(carol):
@@ -357,6 +358,33 @@ def test_orders_are_paged_and_filtered(carol):
     lines = carol.ask("GET", "/api/v1/orders.csv").text.splitlines()
     assert [line.split(",")[0] for line in lines] == ["id", *reversed(placed)]
     assert carol.ask("DELETE", "/api/v1/orders").json()["canceled"][0]["id"] == placed[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("reserved_cash = reserved_cash + 1 WHERE status = 'open' AND action = 'buy'", "holds back"),
+        ("reserved_cash = reserved_cash + 1 WHERE status = 'held'", "holds back"),
+        ("quantity = quantity + 1 WHERE status = 'open' AND action = 'buy'", "holds back"),
+        ("limit_price = limit_price + 1 WHERE status = 'open' AND action = 'buy'", "holds back"),
+        ("status = 'open' WHERE status = 'held'", "is open, and order"),
+        ("status = 'held', reserved_cash = 0 WHERE status = 'open' AND action = 'buy'", "holds back"),
+        ("run = 7 WHERE status = 'open'", "in a run that is over"),
+        ("limit_price = limit_price - 1 WHERE status = 'filled'", "is no fill of it"),
+        ("price = price - 1 WHERE status = 'filled'", "is no fill of it"),
+        ("quantity = quantity - 1 WHERE status = 'filled'", "is no fill of it"),
+        ("ticker = 'OTHER' WHERE status = 'filled'", "is no fill of it"),
+        ("status = 'canceled', trade_id = NULL, price = NULL WHERE status = 'filled'", "knows nothing of it"),
+        ("status = 'canceled', closed_at = placed_at, reserved_cash = 0 WHERE closed_at IS NULL", "0 orders"),
+    ],
+)
+def test_the_audit_finds_an_order_that_was_changed_by_hand(exchange, carol, change, told):
+    carol.places("buy", 10, "XYZ", "limit", limit_price=98)
+    carol.advances(1)
+    carol.places("buy", 5, "XYZ", "limit", limit_price=91, stop_loss={"stop_price": 70})
+    assert carol.audit()["ok"]
+    Database(exchange.database_url).run(f"UPDATE ibkr_orders SET {change} AND user_id = {carol.user_id}")
+    assert any(told in sentence for sentence in carol.audit()["differences"])
 
 
 def test_slippage_moves_a_stop_and_not_beyond_its_limit():
