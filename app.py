@@ -6,9 +6,10 @@
     Routes            the API; `trade` is the heart of the program, start reading there
     Commands          what `flask user` and `python app.py` do
 
-What an account may do with its money is in `models.py`, what came of it in `results.py`, where prices come
-from in `pricing.py`, what comes in and goes out in `messages.py`, and what it takes to stand in public
-(limits, headers) in `public.py`.
+A request comes in through `Gate`, `Simulator.dispatch_request` (which may try it again), `admit` and the
+decorators of its route. What an account may do with its money is in `models.py`, how an order waits in
+`orders.py`, what came of it all in `results.py`, where prices come from in `pricing.py`, what comes in and
+goes out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`.
 """
 
 import csv
@@ -97,7 +98,7 @@ from models import (
     Account,
     AdvanceAnswer,
     Costs,
-    Market,
+    MarketOfDatabase,
     PortfolioAnswer,
     PricesAnswer,
     Quote,
@@ -496,7 +497,7 @@ def log_fills(trades: list[Trade]) -> list[Trade]:
 @cache
 def claim_database() -> None:
     """Once a process: take the database for the market that is served, or refuse to serve from it."""
-    Market.claim("sample" if market.is_sample else "live")
+    MarketOfDatabase.claim("sample" if market.is_sample else "live")
 
 
 # ------------------------------------------------------------------------------------------ Routes
@@ -739,12 +740,13 @@ def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
     """Buy or sell, in full and at once, or be refused with the reason.
 
     A limit order (with `price`) is booked at the price it names: at or above the market price for a
-    buy, at or below it for a sale. A market order (without) is booked at the market price, less favourable
-    by the slippage that is in force. With an
+    buy, at or below it for a sale; one that may wait for its price is placed at `/api/v1/orders`. A market
+    order (without) is booked at the market price, less favourable by the slippage that is in force. With an
     `Idempotency-Key` an order is safe to send again: it is booked once, and answered the same.
     """
-    # `Simulator.dispatch_request` has let the request in (`admit`, which fills `g`), and may call this again.
-    quote = market.look_up(order.ticker, g.account)  # Before the lock: no locked row waits for Yahoo.
+    # `Simulator.dispatch_request` has let the request in (`admit`, which fills `g`) and may call this again.
+    # Before the lock, as no locked row waits for Yahoo; a refusal is raised by `fill`: a replay needs none.
+    quote = market.look_up(order.ticker, g.account)
 
     with transaction(g.user_id, keep=not options.dry_run):
         account = locked(g.user_id, g.key_hash, order.ticker, order_key)
@@ -773,7 +775,7 @@ def earlier_under_key(account: Account) -> Trade | PlacedOrder | None:
 
 
 def quote_for(account: Account, ticker: str, quote: Quote | Refused) -> Quote | Refused:
-    """The `quote`, or a new one where the account has moved its sample market since: no network."""
+    """The `quote`, or a new one where the account has moved its clock or a pin since `admit`: no network."""
     seen = g.account
     if (account.market_clock, account.pin_changes) == (seen.market_clock, seen.pin_changes):
         return quote

@@ -117,12 +117,14 @@ TURN_SECONDS = 5
 """Nobody waits longer for those before him."""
 
 turns: WeakValueDictionary[int | None, Lock] = WeakValueDictionary()
-"""By user; an entry lives as long as somebody waits or works."""
+"""By user, and one for all that belongs to none; an entry lives as long as somebody waits or works."""
 
 
 @contextmanager
 def transaction(user_id: int | None = None, keep: bool = True):
-    """What `db.session` does in the block happens when it ends; on an exception, or not to `keep`, nothing.
+    """What `db.session` does in the block happens when it ends, by `return` too; on an exception, nothing.
+
+    Nor does anything where it is not to `keep`, for a rehearsal.
 
     Whoever writes to the account `user_id` waits here for those of this process that came first. They would
     wait for its lock in the database just the same, but each with a connection in his hand that others need.
@@ -162,9 +164,9 @@ def snapshot():
         db.session.close()
 
 
-LIMITS = "SET LOCAL lock_timeout = '3s'; SET LOCAL statement_timeout = '5s'"
-"""How long PostgreSQL tries. Said in each transaction that writes: a pooler lends its connections out for one
-at a time, refuses what is asked on connecting, and forgets what was set in the one before."""
+TIME_LIMITS = "SET LOCAL lock_timeout = '3s'; SET LOCAL statement_timeout = '5s'"
+"""How long PostgreSQL tries. Said in each transaction that locks an account: a pooler lends its connections
+out for one at a time, refuses what is asked on connecting, and forgets what was set in the one before."""
 
 
 @sa.event.listens_for(sa.Engine, "connect")

@@ -281,7 +281,7 @@ TimeframeWord = Annotated[Timeframe, BeforeValidator(in_lower_case)]
 # ---------------------------------------------------------------------------------------- Requests
 
 
-class NoOptions(BaseModel):
+class Asked(BaseModel):
     """A request; a member that is `null` counts as left out, unless there is no such member."""
 
     model_config = ConfigDict(extra="forbid")
@@ -294,7 +294,11 @@ class NoOptions(BaseModel):
         return {n: v for n, v in document.items() if v is not None or n not in cls.model_fields}
 
 
-class Sized(NoOptions):
+class NoOptions(Asked):
+    """A request that says nothing more."""
+
+
+class Sized(Asked):
     """What to trade, and how much of it: a quantity, or the dollars that it should come to."""
 
     ticker: Ticker = means("What to trade", examples=["AAPL"])
@@ -340,11 +344,11 @@ class Order(Sized):
     )
 
 
-class TakeProfit(NoOptions):
+class TakeProfit(Asked):
     limit_price: OrderAmount
 
 
-class StopLoss(NoOptions):
+class StopLoss(Asked):
     stop_price: OrderAmount
     limit_price: OrderAmount | None = means("The least to take, where it is not any price", default=None)
 
@@ -427,7 +431,7 @@ class NewOrder(Sized):
         return legs
 
 
-class ChangedOrder(NoOptions):
+class ChangedOrder(Asked):
     """What is to be different."""
 
     quantity: OrderAmount | None = None
@@ -441,15 +445,15 @@ class ChangedOrder(NoOptions):
         return self
 
 
-class TradeOptions(NoOptions):
+class TradeOptions(Asked):
     dry_run: bool = Field(False, description="Answer as the trade would, and write nothing")
 
 
-class PathTicker(NoOptions):
+class PathTicker(Asked):
     ticker: Ticker
 
 
-class BarOptions(NoOptions):
+class BarOptions(Asked):
     """Which past prices to show."""
 
     timeframe: TimeframeWord = means("How long a bar is, in any case", default="1d")
@@ -458,11 +462,11 @@ class BarOptions(NoOptions):
     limit: whole_number(1, 10_000) = Field(100, description="So many at the most: the last ones")
 
 
-class Listed(NoOptions):
+class Listed(Asked):
     tickers: Tickers = Field(description="1 to 100 tickers, with commas between them")
 
 
-class RunOption(NoOptions):
+class RunOption(Asked):
     run: whole_number(1, 2**31 - 1) = means("The account's run; without it, the current one", default=None)
 
 
@@ -498,7 +502,7 @@ class OrderPage(OrderFilters):
     cursor: whole_number(1, 2**63 - 1) = Field(None, description="`next_cursor` of the page before")
 
 
-class Reset(NoOptions):
+class Reset(Asked):
     cash: Cash | None = Field(
         None, description="Dollars to begin with; without it, the server's `STARTING_CASH`"
     )
@@ -517,12 +521,12 @@ class Clock(BaseModel):
     at: RequestedTime | None
 
 
-class Advance(NoOptions):
+class Advance(Asked):
     bars: whole_number(1, 100_000) | None = 1
     tickers: list[Ticker] | None = Field(None, max_length=100, description="Whose prices to answer")
 
 
-class PinnedPrice(NoOptions):
+class PinnedPrice(Asked):
     price: OrderAmount
 
 

@@ -29,9 +29,9 @@ from sqlalchemy.orm import Mapped, make_transient_to_detached, mapped_column
 from typing_extensions import TypedDict
 
 from database import (
-    LIMITS,
     NAME_IS_TAKEN,
     NO_SUCH_NAME,
+    TIME_LIMITS,
     Amount,
     Id,
     Moment,
@@ -292,6 +292,8 @@ class Trade(db.Model):
 
     `price` is what the trade was booked at, `market_price` what the market asked at that moment; both
     in dollars. `realized_pnl` is the profit of a sale: total - commission - the cost of what was sold.
+    `asked` is what its order said instead of a quantity (`all`, or `notional 1000`), and `order_id` the
+    resting order that it filled, where there is one.
     """
 
     __tablename__ = "ibkr_trades"
@@ -439,7 +441,8 @@ class Quote(db.Model):
 
     A live quote that a server has answered is a row, so that all its processes judge trades by the same one,
     and so that the past can be valued later. `number` counts the quotes of a ticker. A quote of the sample
-    market is no row: it follows from the clock. `market_time` is when the source itself last saw the price,
+    market is no row and has no `number`: it follows from the clock, and holds for ever on a stopped one
+    (`valid_until` is None). `market_time` is when the source itself last saw the price,
     the recorded bar say. `refusal` is the code of what buyers are told, where nothing is bought at it.
     """
 
@@ -531,7 +534,7 @@ class Quote(db.Model):
         }
 
 
-class Market(db.Model):
+class MarketOfDatabase(db.Model):
     """Which market this database belongs to, `live` or `sample`: their prices never meet in one."""
 
     __tablename__ = "ibkr_market"
@@ -1113,7 +1116,7 @@ class Account(db.Model):
         """
         own = {"owner": user_id, "key_hash": key_hash, "held_ticker": ticker, "order_key": order_key}
         is_locked = db.engine.dialect.name == "sqlite"  # All of it, by BEGIN IMMEDIATE.
-        lock = [] if is_locked else [LIMITS, LOCK_ACCOUNT]
+        lock = [] if is_locked else [TIME_LIMITS, LOCK_ACCOUNT]
         found = send(db.session.connection().connection, *lock, LOCKED_ACCOUNT, **own)
         if not found:
             raise unauthorized()
@@ -1159,7 +1162,8 @@ class Account(db.Model):
     def book(self, trade: Trade, holding: Holding, order_key: str) -> None:
         """Write the cash, the holding and the trade, and give the trade its id.
 
-        The objects are not added to the session: `send` writes them, and `transaction` commits at its end.
+        The objects are not added to the session: `send` writes them, by the names of their columns, and
+        `transaction` commits at its end. The cash is the trade's `cash_after`, the time its `created_at`.
         """
         trade.idempotency_key = order_key
         if not holding.quantity:
@@ -1267,7 +1271,8 @@ class Account(db.Model):
 # ---------------------------------------------------------------------- What every request pays for
 # The statements that find a key, and lock, read and book for a trade, in SQLAlchemy's words. Below them is
 # how they are sent, a shorter way than a session's: sent one by one by SQLAlchemy's `execute`, trades come at
-# about half the speed. Who skips that misses nothing but speed.
+# about half the speed. Who skips that misses nothing but speed, and how a driver's errors become
+# SQLAlchemy's.
 
 HAS_THE_KEY = (User.api_key_hash == bindparam("key_hash")) & User.closed_at.is_(None)
 OWN_ACCOUNT = Account.user_id == bindparam("owner")
@@ -1386,7 +1391,7 @@ class Written:
 
     def __init__(self, statement, dialect: sa.Dialect):
         style = "named" if dialect.name == "sqlite" else "pyformat"
-        if isinstance(statement, str):  # Such as LIMITS, which have no plan.
+        if isinstance(statement, str):  # Such as TIME_LIMITS, which have no plan.
             self.sql, self.prepare, self.call = statement, None, statement
             return
         compiled = statement.compile(dialect=type(dialect)(paramstyle=style))

@@ -8,7 +8,11 @@ from cast import ROOT, SETTINGS, Server
 
 README = (ROOT / "README.md").read_text()
 APP = (ROOT / "app.py").read_text()
-LIVE = {"id": r'"id":"\d+"', "trade_id": r'"trade_id":"\d+"', "a moment": r'"timestamp":"202[6-9]-[^"]+"'}
+LIVE = {
+    "id": r'"id":"\d+"',
+    "trade_id": r'"trade_id":"\d+"',
+    "a moment": r'"(?:timestamp|placed_at|closed_at)":"202[6-9]-[^"]+"',
+}
 
 
 def test_the_endpoints_in_the_readme_are_the_routes(app):

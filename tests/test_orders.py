@@ -209,6 +209,15 @@ def test_a_purchase_that_is_filled_at_once_has_its_exits_live_from_the_next_pric
     assert [fill["price"] for fill in carol.advances(1)["fills"]] == [99]
 
 
+def test_shares_that_an_order_holds_back_are_there_for_no_other(carol):
+    carol.buys(10, "XYZ")
+    carol.places("sell", 6, "XYZ", "limit", limit_price=200)
+    refused = carol.places("sell", 6, "XYZ", "stop", stop_price=50)
+    assert (refused["code"], refused["required"], refused["available"]) == ("insufficient_shares", 6, 4)
+    assert carol.places("sell", "all", "XYZ", "stop", stop_price=50)["quantity"] == 4
+    assert carol.places("sell", "all", "XYZ", "stop", stop_price=50)["code"] == "insufficient_shares"
+
+
 def test_a_sale_and_its_stop_hold_their_shares_back_once(carol):
     carol.buys(10, "XYZ")
     gain = carol.places("sell", 10, "XYZ", "limit", limit_price=110, stop_loss={"stop_price": 90})

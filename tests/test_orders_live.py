@@ -100,6 +100,17 @@ def test_a_price_from_before_the_placing_fills_nothing(alice, bob, yahoo, ticker
     assert alice.finds(order)["status"] == "open"
 
 
+def test_each_price_is_shown_once(alice, yahoo, ticker):
+    yahoo.yahoo(ticker, "100")
+    alice.buys(1, ticker)
+    order = alice.places("sell", 1, ticker, "trailing_stop", trail_percent=10)
+    for price in ("95", "120", "115"):
+        later()
+        yahoo.yahoo(ticker, price)
+        assert alice.finds(order)["status"] == "open"
+    assert alice.finds(order)["stop_price"] == 108
+
+
 def test_where_nobody_looks_the_scheduler_does(alice, yahoo, ticker, program, live_database):
     yahoo.yahoo(ticker, "100")
     order = alice.places("buy", 1, ticker, "stop", stop_price=110)
