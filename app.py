@@ -1301,7 +1301,9 @@ def settle_all():
     """Show the open orders of every account the prices of now: for a scheduler, as nothing else looks."""
     claim_database()
     for user in (found := User.with_open_orders()):
-        up_to_date(Account.with_key(user.api_key_hash), user.api_key_hash)
+        account = Account.with_key(user.api_key_hash)
+        if account and account.settled_at:  # It may have ended them, or got a new key, meanwhile.
+            up_to_date(account, user.api_key_hash)
     click.echo(f"The open orders of {len(found)} accounts have seen the prices of now.")
 
 

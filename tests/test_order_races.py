@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from cast import Database, Server, Trader, exact
+from cast import Database, Server, Trader, exact, flask
 from test_races import MANY, all_trades, assert_books_hold, at_once, copies
 
 SALE = {"price_above_market", "insufficient_shares"}
@@ -40,6 +40,8 @@ def assert_orders_hold(trader: Trader):
             order["action"],
         )
         assert (trade["quantity"], trade["price"]) == (order["quantity"], order["price"])
+    reasons = [order["reason"] or "" for order in orders]
+    assert not [reason for reason in reasons if reason.startswith(("This costs", "This sells"))]
     replaced = Counter(order["replaces"] for order in orders if order["replaces"])
     assert set(replaced.values()) <= {1}
     assert replaced.keys() == {order["id"] for order in orders if order["status"] == "replaced"}
@@ -226,6 +228,16 @@ def test_a_lot_is_held_back_once(alice):
     assert_orders_hold(alice)
 
 
+@pytest.mark.parametrize("price", [110, 90], ids=["the gain", "the loss"])
+def test_a_lot_that_is_held_back_whole_is_sold_once_whoever_sees_it(alice, price):
+    alice.sees("AAPL", at=100).buys(7, "AAPL")
+    alice.rests("sell", 7, "AAPL", limit_price=110, stop_loss={"stop_price": 90})
+    at_once(copies(alice), lambda a, n: a.sees("AAPL", at=price) if n % 2 else a.trades)
+    assert sorted(order["status"] for order in alice.orders) == ["canceled", "filled"]
+    assert (alice.holdings, alice.cash) == ({}, 100000 + 7 * (price - 100))
+    assert_orders_hold(alice)
+
+
 def test_of_fifty_who_change_or_cancel_one_order_exactly_one_wins(alice):
     alice.sees("AAPL", at=100)
     path = f"/api/v1/orders/{alice.rests('buy', 3, 'AAPL', limit_price=90)['id']}"
@@ -298,6 +310,32 @@ def test_orders_that_end_while_a_trade_waits_for_its_turn_are_no_fault(alice, da
         long_unseen(database, alice)
         assert traded.result().status_code == 200, traded.result().text
     assert alice.orders[0]["status"] == "expired"
+
+
+def test_an_account_that_ends_its_orders_while_others_are_settled_is_no_fault(new_database):
+    """`flask settle` may be a long time on its way through the accounts that had open orders."""
+    database = new_database().migrate()
+    with Server(database.url, workers=1) as server:
+        first, second = (server.trader(name=name).sees("AAPL", at=100) for name in ("alice", "bob"))
+        for trader in (first, second):
+            trader.rests("buy", 1, "AAPL", limit_price=1)
+        long_unseen(database, first)
+    lock = {
+        "sqlite": "BEGIN IMMEDIATE",
+        "postgresql": f"SELECT * FROM ibkr_balances WHERE user_id = {first.user_id} FOR UPDATE",
+    }
+    with database.engine.connect() as elsewhere, ThreadPoolExecutor() as pool:
+        elsewhere.exec_driver_sql(lock[database.engine.dialect.name])
+        settled = pool.submit(flask, "settle", DATABASE_URL=database.url, PRICE_SOURCES="sample")
+        time.sleep(2.5)  # It waits for the first account by now.
+        elsewhere.exec_driver_sql(
+            f"UPDATE ibkr_balances SET settled_at = NULL WHERE user_id = {second.user_id}"
+        )
+        elsewhere.commit()
+        done = settled.result()
+    assert done.returncode == 0, done.stderr
+    assert "open orders" in done.stdout
+    database.engine.dispose()
 
 
 def test_orders_that_race_a_new_run_belong_to_one_run_or_the_other(alice):
