@@ -528,7 +528,7 @@ def restarted(server: Server, **settings):
 
 @pytest.fixture
 def market_file(tmp_path):
-    """Writes a market's file with these prices of today's minutes, one ticker a column."""
+    """Writes a market's file of a thousand days, with what each ticker costs on the n-th of them."""
 
     def write(name: str, **columns) -> str:
         file = tmp_path / name
