@@ -920,7 +920,8 @@ def replace_order(changed: ChangedOrder, order_key: str, id: str) -> OrderAnswer
     It has a new id and `replaces` the old one, whose money and shares are free for it. What the old one
     brought moves on with it, and follows its quantity.
     """
-    ticker = PlacedOrder.of(g.user_id, id).ticker
+    old = PlacedOrder.of(g.user_id, id)
+    ticker, id = old.ticker, str(old.id)
     quote = market.look_up(ticker, g.account)
 
     with transaction(g.user_id):
