@@ -481,8 +481,12 @@ def up_to_date(account: Account, key_hash: str) -> Account:
     """The account, once its open orders have seen all prices: before anything of it is read."""
     if not market.has_moved(account):  # Asked before the lock: no locked row waits for Yahoo.
         return account
-    with suppress(OutcomeUnknown), transaction(account.user_id):  # Whatever came of it, we look again.
-        locked(account.user_id, key_hash)
+    is_settled = False
+    while not is_settled:
+        with suppress(OutcomeUnknown):  # Whatever came of it, we look again.
+            with transaction(account.user_id):
+                locked(account.user_id, key_hash)
+            is_settled = True
     return Account.with_key(key_hash) or account
 
 
@@ -795,7 +799,7 @@ def quote_for(account: Account, ticker: str, quote: Quote | Refused) -> Quote | 
     if (account.market_clock, account.pin_changes) == (seen.market_clock, seen.pin_changes):
         return quote
     quote = market.look_up(ticker, account)
-    if account.orders:
+    if account.settled_at:
         show(account)  # For the minute may have changed as well.
     return quote
 
@@ -944,7 +948,8 @@ def replace(
     id: str, changed: ChangedOrder, order_key: str, tell: Callable = PlacedOrder.to_dict
 ) -> tuple[dict, dict]:
     """Replace an order, once under the key; what its face tells of the new one, and the answer's headers."""
-    ticker = PlacedOrder.of(g.user_id, id).ticker
+    old = PlacedOrder.of(g.user_id, id)
+    ticker, id = old.ticker, str(old.id)
     quote = market.look_up(ticker, g.account)
 
     with transaction(g.user_id):
@@ -1338,7 +1343,9 @@ def settle_all():
     """Show the open orders of every account the prices of now: for a scheduler, as nothing else looks."""
     claim_database()
     for user in (found := User.with_open_orders()):
-        up_to_date(Account.with_key(user.api_key_hash), user.api_key_hash)
+        account = Account.with_key(user.api_key_hash)
+        if account and account.settled_at:  # It may have ended them, or got a new key, meanwhile.
+            up_to_date(account, user.api_key_hash)
     click.echo(f"The open orders of {len(found)} accounts have seen the prices of now.")
 
 

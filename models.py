@@ -242,14 +242,14 @@ class Holding(db.Model):
         self.quantity -= quantity
         self.cost_basis -= cost
 
-    def to_dict(self, quote: "Quote | None", reserved: Decimal = Decimal(0)) -> HoldingAnswer:
+    def to_dict(self, quote: "Quote | None", reserved: Decimal | None = None) -> HoldingAnswer:
         """Valued at `quote`, in dollars. Of `self` it needs no more than a row of the table has."""
         value = quote and value_of(self.quantity, quote.price)
         profit = quote and value - self.cost_basis
         return {
             "ticker": self.ticker,
             "quantity": self.quantity,
-            "available_quantity": self.quantity - reserved,
+            "available_quantity": self.quantity - reserved if reserved else self.quantity,
             "average_price": rounded(self.cost_basis / self.quantity),
             "cost_basis": self.cost_basis,
             "current_price": quote and quote.price,
@@ -948,7 +948,8 @@ class Account(db.Model):
                 f"An account has at most {ORDERS_LIMIT} open and held orders.",
                 limit=Decimal(ORDERS_LIMIT),
             )
-        self.are_settled(quote.timestamp)
+        # A quote can be older than what the others have seen: that of a ticker which the market has no more.
+        self.are_settled(self.settled_at or quote.timestamp)
         return order
 
     def written(
@@ -1036,10 +1037,10 @@ class Account(db.Model):
         sales = [sale for sale in sales if sale.is_working]
         for sale in sales:
             brings = value_of(sale.quantity, sale.limit or sale.stop_price)
-            sale.commission, sale.reserved_cash = costs.commission(brings), Decimal(0)
-            most = max(most, sale.commission - brings)
+            most = max(most, costs.commission(brings) - brings)
+            sale.commission = sale.reserved_cash = Decimal(0)
         self.need_cash(most)
-        sales[0].reserved_cash = most
+        sales[0].commission = sales[0].reserved_cash = most
 
     def replace(
         self,
@@ -1215,10 +1216,7 @@ class Account(db.Model):
         """
         quotes = {ticker: quote for ticker, quote in quotes.items() if quote.currency == "USD"}
         reserved = {order.ticker: self.reserved_shares(order.ticker) for order in self.orders}
-        rows = [
-            Holding.to_dict(one, quotes.get(one.ticker), reserved.get(one.ticker, Decimal(0)))
-            for one in holdings
-        ]
+        rows = [Holding.to_dict(h, quotes.get(h.ticker), reserved.get(h.ticker)) for h in holdings]
         cost = sum((row["cost_basis"] for row in rows), Decimal(0))
         realized = self.cash_balance + cost - self.starting_cash
         values = [row["market_value"] for row in rows]

@@ -4,9 +4,10 @@
                          [--trades 20000] [--no-faults]
 
 Clients send orders with an idempotency key and, after a 503 or a lost connection, send them again with
-the same key until there is an answer. Meanwhile workers are killed and PostgreSQL crashes. What was
-acknowledged is then replayed with arithmetic of its own (fractions; nothing of the broker's) and compared
-with what the tables hold. Needs the development requirements; starts and ends all it needs, on loopback.
+the same key until there is an answer. Some of the orders rest: they are changed, canceled, and filled as one
+ticker's price goes up and down. Meanwhile workers are killed and PostgreSQL crashes. What was acknowledged
+is then replayed with arithmetic of its own (fractions; nothing of the broker's) and compared with what the
+tables hold. Needs the development requirements; starts and ends all it needs, on loopback.
 """
 
 import argparse
@@ -29,6 +30,9 @@ from cast import Database, Server, flask
 from postgres import PostgresServer
 
 TICKERS = {"AAPL": "33.33333333", "IBM": "7.00000007", "MSFT": "0.12345678"}
+RESTING = "NVDA"
+"""The ticker of the orders that rest; it costs 98 to 102."""
+
 PROCESSES, WORKERS, WORKER_KILLS, CRASHES = 4, 3, 12, 6
 UNIT = Fraction(1, 10**8)
 ANSWERED = multiprocessing.Value("i", 0)
@@ -44,6 +48,9 @@ def client(number, url, account, wanted, deadline, ended) -> None:
     count = 0
     while ANSWERED.value < wanted and time.monotonic() < deadline:
         count += 1
+        if dice.random() < 0.3:
+            rest(session, url, account["user_id"], f"{number}-{count}", dice, deadline, ended)
+            continue
         key, ticker = f"{number}-{count}", dice.choice(list(TICKERS))
         order = {
             "ticker": ticker,
@@ -52,17 +59,40 @@ def client(number, url, account, wanted, deadline, ended) -> None:
         }
         if dice.random() < 0.5:  # A limit order: at the market, or a little worse for its trader.
             order["price"] = TICKERS[ticker]
-        ended.append((account["user_id"], key, order, *insist(session, url, order, key, deadline)))
+        asked = "POST", f"{url}/api/v1/trade"
+        ended.append((account["user_id"], key, order, *insist(session, asked, order, key, deadline)))
 
 
-def insist(session, url, order, key, deadline) -> tuple[dict | None, list[str], list[float]]:
+def rest(session, url, user_id, key, dice, deadline, ended) -> None:
+    """Place an order that may rest, then change it, cancel it, or move the price that it waits for."""
+    price, action = dice.randrange(97, 103), dice.choice(("buy", "buy", "sell"))
+    order = {"ticker": RESTING, "action": action, "order_type": "limit", "limit_price": str(price)}
+    order["quantity"] = f"0.{dice.randrange(1, 10**8):08}"
+    if action == "buy" and dice.random() < 0.5:
+        order |= {"take_profit": {"limit_price": price + 2}, "stop_loss": {"stop_price": price - 2}}
+    result = insist(session, ("POST", f"{url}/api/v1/orders"), order, key, deadline)
+    ended.append((user_id, key, order, *result))
+    path = f"{url}/api/v1/orders/{(result[0] or {}).get('id')}"  # One that was refused is changed in vain.
+    what = dice.choice(("change", "cancel", "move", "move"))
+    if what == "change":
+        change = {"limit_price": str(dice.randrange(97, 103))}
+        result = insist(session, ("PATCH", path), change, f"{key} changed", deadline)
+        ended.append((user_id, f"{key} changed", order | change, *result))
+    elif what == "cancel":
+        insist(session, ("DELETE", path), None, key, deadline)
+    else:
+        pin = {"price": dice.randrange(98, 103)}
+        insist(session, ("PUT", f"{url}/api/v1/market/prices/{RESTING}"), pin, key, deadline)
+
+
+def insist(session, asked, order, key, deadline) -> tuple[dict | None, list[str], list[float]]:
     """The final answer to the order (None: there was none in time), each status, each latency."""
     statuses, latencies = [], []
     while time.monotonic() < deadline + 30:
         started = time.perf_counter()
         try:
             headers = {"Idempotency-Key": key}
-            response = session.post(f"{url}/api/v1/trade", json=order, headers=headers, timeout=40)
+            response = session.request(*asked, json=order, headers=headers, timeout=40)
         except requests.RequestException:
             statuses.append("lost connections")
         else:
@@ -71,7 +101,7 @@ def insist(session, url, order, key, deadline) -> tuple[dict | None, list[str], 
             latencies.append(time.perf_counter() - started)
             if response.status_code < 500:
                 with ANSWERED.get_lock():
-                    ANSWERED.value += response.status_code == 200
+                    ANSWERED.value += response.status_code < 300 and asked[0] == "POST"
                 return simplejson.loads(response.text, use_decimal=True), statuses, latencies
         time.sleep(0.1)
     return None, statuses, latencies
@@ -122,11 +152,24 @@ def break_things(server, postgres, wanted, done, counts) -> None:
 def judge(database, accounts, ended) -> dict[str, int]:
     """Compare the answers with the books: counts of what is lost, doubled, wrong, ... All should be 0."""
     booked, verdict = defaultdict(list), Counter()
-    for row in database.run("SELECT * FROM ibkr_trades ORDER BY id"):
+    resting = {row.id: row for row in database.run("SELECT * FROM ibkr_orders")}
+    fills = [row for row in database.run("SELECT * FROM ibkr_trades ORDER BY id") if row.order_id]
+    for row in database.run("SELECT * FROM ibkr_trades WHERE order_id IS NULL"):
         booked[row.user_id, row.idempotency_key].append(row)
+    for row in resting.values():
+        if row.idempotency_key:  # What it brought has none.
+            booked[row.user_id, row.idempotency_key].append(row)
     unit = UNIT if database.engine.dialect.name == "sqlite" else 1
 
     def same(row, answer, order) -> bool:
+        if "order_type" in order:
+            pairs = [(row.quantity * unit, order["quantity"]), (row.limit_price * unit, order["limit_price"])]
+            same_words = (row.ticker, row.action, str(row.id)) == (
+                order["ticker"],
+                order["action"],
+                answer["id"],
+            )
+            return same_words and all(Fraction(a) == Fraction(b) for a, b in pairs)
         pairs = [(row.quantity * unit, order["quantity"]), (row.price * unit, answer["price"])]
         pairs += [(row.total_amount * unit, answer["total_amount"])]
         pairs += [(row.cash_after * unit, answer["cash_balance"])]
@@ -150,14 +193,30 @@ def judge(database, accounts, ended) -> dict[str, int]:
         else:
             verdict["acknowledged"] += 1
             verdict["wrong"] += not same(rows[0], answer, order)
-            booked[user_id].append((rows[0].id, order, answer))
+            if "order_type" not in order:
+                booked[user_id].append((rows[0].id, order, answer))
     verdict["booked, nobody asked"] = sum(len(rows) for key, rows in booked.items() if type(key) is tuple)
+
+    for row in fills:  # Each by what its order says, and at no worse price.
+        order = resting[row.order_id]
+        price, limit = Fraction(row.price * unit), Fraction((order.limit_price or row.price) * unit)
+        verdict["wrong"] += (order.status, order.trade_id) != ("filled", row.id)
+        verdict["wrong"] += price > limit if order.action == "buy" else price < limit
+        numbers = ("total_amount", "cash_after", "realized_pnl")
+        answer = {name: Fraction((getattr(row, name) or 0) * unit) for name in numbers}
+        answer["cash_balance"] = answer.pop("cash_after")
+        filled = {"ticker": order.ticker, "action": order.action, "quantity": order.quantity * unit}
+        booked[row.user_id].append((row.id, filled | {"price": price}, answer))
+    verdict["fills"] = len(fills)
+    verdict["wrong"] += len(fills) != sum(order.status == "filled" for order in resting.values())
 
     for account in accounts:
         cash, held, wrong = replay(account, booked[account["user_id"]])
         own = {"id": account["user_id"]}
         (row,) = database.run("SELECT cash_balance FROM ibkr_balances WHERE user_id = :id", **own)
         wrong += Fraction(row.cash_balance * unit) != cash
+        reserved = [o.reserved_cash * unit for o in resting.values() if o.user_id == account["user_id"]]
+        wrong += sum(map(Fraction, reserved)) > cash
         rows = database.run("SELECT * FROM ibkr_stock_balances WHERE user_id = :id", **own)
         holdings = {r.ticker: [Fraction(r.quantity * unit), Fraction(r.cost_basis * unit)] for r in rows}
         wrong += holdings != {ticker: pair for ticker, pair in held.items() if pair[0]}
@@ -169,7 +228,8 @@ def replay(account, trades) -> tuple[Fraction, dict, int]:
     """Cash, holdings and the number of wrong answers, from the orders alone, in booking order."""
     cash, held, wrong = Fraction(account["cash_balance"]), defaultdict(lambda: [Fraction(0), Fraction(0)]), 0
     for _, order, answer in sorted(trades, key=lambda trade: trade[0]):
-        quantity, price = Fraction(order["quantity"]), Fraction(TICKERS[order["ticker"]])
+        quantity = Fraction(order["quantity"])
+        price = Fraction(TICKERS[order["ticker"]] if order["ticker"] in TICKERS else order["price"])
         holding, profit = held[order["ticker"]], Fraction(0)
         exact = quantity * price / UNIT
         if order["action"] == "buy":
@@ -209,7 +269,7 @@ def run(engine, database, postgres, options) -> bool:
     with Server(database.url, workers=WORKERS, threads=32) as server:
         traders = [server.trader(cash="1000") for _ in range(options.accounts)]
         for trader in traders:
-            for ticker, price in TICKERS.items():
+            for ticker, price in (TICKERS | {RESTING: 100}).items():
                 trader.sees(ticker, at=price)
         accounts = [{"user_id": t.user_id, "api_key": t.key, "cash_balance": 1000} for t in traders]
         started = time.monotonic()

@@ -5,9 +5,9 @@
      Numbers      exact decimals as text, from the answer's bytes to the screen
      Server       one function asks it everything; what may go wrong is a Problem
      Drawing      text nodes are changed where they differ; nothing is ever parsed as HTML
-     Curve        the only place where an amount becomes a float, because pixels are
+     Curves       the only place where an amount becomes a float, because pixels are
      Refreshing   every five seconds, while somebody looks
-     Orders       placed with an Idempotency-Key, and so safe to send again
+     Orders       placed with an Idempotency-Key, and so safe to send again; and canceled
      Sample market, Account, Start
 
    Read `refresh` first. */
@@ -18,6 +18,9 @@ const ANSWER_SECONDS = 10;
 const CSV_SECONDS = 120;
 const RETRY_AFTER_SECONDS = [1, 2, 4];
 const TRADES_ON_A_PAGE = 25;
+const MOST_AT_ONCE = 500; // Trades or orders, as the server has it; no account has more open orders.
+const DAYS_OF_A_CHART = 250;
+const MOST_POINTS = 5000; // A run that has more is asked for by the day.
 const TEST_KEY = "test-api-key-123";
 const SOURCES = { sample: "Sample market", yahoo: "Yahoo Finance", yahoo_finance: "Yahoo Finance", alphavantage: "Alpha Vantage" };
 
@@ -213,6 +216,22 @@ function within(cell, tag) {
   return cell.firstElementChild ?? cell.appendChild(document.createElement(tag));
 }
 
+function drawButton(cell, text, label, act) {
+  const button = within(cell, "button");
+  draw(button, text);
+  button.type = "button";
+  button.setAttribute("aria-label", label);
+  button.onclick = act;
+}
+
+function drawTime(cell, timestamp) {
+  const time = within(cell, "time");
+  time.dateTime = timestamp;
+  draw(time, clockTime(timestamp));
+}
+
+const side = (action) => (action === "buy" ? "Buy" : "Sell");
+
 function age(timestamp) {
   const seconds = Math.max(0, Math.floor((Date.now() + serverAhead - Date.parse(timestamp)) / 1000));
   if (seconds < 60) return `${seconds} s`;
@@ -222,7 +241,7 @@ function age(timestamp) {
 }
 
 const HOLDING_COLUMNS = [
-  ["th", (cell, h) => draw(cell, h.ticker)],
+  ["th", (cell, h) => drawButton(cell, h.ticker, `${h.ticker}, chart of its price`, () => openChart(h.ticker))],
   ["td", (cell, h) => drawNumber(cell, h.quantity, quantity)],
   ["td", (cell, h) => drawNumber(cell, h.current_price, price)],
   ["td", (cell, h) => drawNumber(cell, h.average_price, average)],
@@ -236,35 +255,45 @@ const HOLDING_COLUMNS = [
     drawAge(time);
   }],
   ["td", (cell, h) => {
-    const button = within(cell, "button");
-    draw(button, "Sell…");
-    button.type = "button";
-    button.setAttribute("aria-label", `Sell ${h.ticker}…`);
-    button.onclick = () => fillTicket("sell", h.ticker, h.quantity);
+    const free = direction(h.available_quantity) ? h.available_quantity : h.quantity; // Else the refusal says why not.
+    drawButton(cell, "Sell…", `Sell ${h.ticker}…`, () => fillTicket("sell", h.ticker, free));
   }],
 ];
 
-const TRADE_COLUMNS = [
-  ["td", (cell, t) => {
-    const time = within(cell, "time");
-    time.dateTime = t.timestamp;
-    draw(time, clockTime(t.timestamp));
-  }],
-  ["td", (cell, t) => {
-    const time = within(cell, "time");
-    time.dateTime = t.market_time;
-    draw(time, clockTime(t.market_time));
-  }],
-  ["td", (cell, t) => draw(cell, t.trade_type === "buy" ? "Buy" : "Sell")],
-  ["td", (cell, t) => draw(cell, t.ticker)],
-  ["td", (cell, t) => drawNumber(cell, t.quantity, quantity)],
-  ["td", (cell, t) => drawNumber(cell, t.price, price)],
-  ["td", (cell, t) => drawNumber(cell, t.total_amount, money)],
-  ["td", (cell, t) => drawNumber(cell, t.commission, money)],
-  ["td", (cell, t) => (t.realized_pnl === null ? draw(cell, "") : drawProfit(cell, t.realized_pnl))],
-  ["td", (cell, t) => drawNumber(cell, t.cash_balance, money)],
-  ["td", (cell, t) => draw(cell, SOURCES[t.price_source] ?? t.price_source)],
-  ["td", (cell, t) => draw(cell, t.id)],
+const TRADE = {
+  booked: ["td", (cell, t) => drawTime(cell, t.timestamp)],
+  marketTime: ["td", (cell, t) => drawTime(cell, t.market_time)],
+  side: ["td", (cell, t) => draw(cell, side(t.trade_type))],
+  ticker: ["td", (cell, t) => draw(cell, t.ticker)],
+  quantity: ["td", (cell, t) => drawNumber(cell, t.quantity, quantity)],
+  price: ["td", (cell, t) => drawNumber(cell, t.price, price)],
+  total: ["td", (cell, t) => drawNumber(cell, t.total_amount, money)],
+  commission: ["td", (cell, t) => drawNumber(cell, t.commission, money)],
+  profit: ["td", (cell, t) => (t.realized_pnl === null ? draw(cell, "") : drawProfit(cell, t.realized_pnl))],
+  cash: ["td", (cell, t) => drawNumber(cell, t.cash_balance, money)],
+  source: ["td", (cell, t) => draw(cell, SOURCES[t.price_source] ?? t.price_source)],
+  number: ["td", (cell, t) => draw(cell, t.id)],
+  order: ["td", (cell, t) => draw(cell, t.order_id ?? "")],
+};
+const TRADE_COLUMNS = Object.values(TRADE);
+const MARK_COLUMNS = [TRADE.marketTime, TRADE.side, TRADE.quantity, TRADE.price, TRADE.profit];
+
+const TYPES = { market: "Market", limit: "Limit", stop: "Stop", stop_limit: "Stop limit", trailing_stop: "Trailing stop" };
+const drawIfAny = (cell, number) => (number === null ? draw(cell, "") : drawNumber(cell, number, price));
+
+const ORDER_COLUMNS = [
+  ["th", (cell, o) => draw(cell, o.id)],
+  ["td", (cell, o) => draw(cell, o.ticker)],
+  ["td", (cell, o) => draw(cell, side(o.action))],
+  ["td", (cell, o) => draw(cell, o.parent_id ? `${o.order_type === "limit" ? "Take-profit" : "Stop-loss"} of order ${o.parent_id}` : TYPES[o.order_type])],
+  ["td", (cell, o) => drawNumber(cell, o.quantity, quantity)],
+  ["td", (cell, o) => drawIfAny(cell, o.limit_price)],
+  ["td", (cell, o) => drawIfAny(cell, o.stop_price)],
+  ["td", (cell, o) => draw(cell, o.trail_percent ? `${quantity(o.trail_percent)} %` : o.trail_amount ? exactly(o.trail_amount) : "")],
+  ["td", (cell, o) => draw(cell, o.time_in_force === "day" ? "day" : "until canceled")],
+  ["td", (cell, o) => draw(cell, o.status, "", o.status === "held" ? `Goes live when order ${o.parent_id} is filled` : "")],
+  ["td", (cell, o) => draw(cell, heldBack(o))],
+  ["td", (cell, o) => drawButton(cell, "Cancel", `Cancel order ${o.id}`, () => cancel(o))],
 ];
 
 const SUMMARY = [
@@ -321,6 +350,29 @@ function drawTrades({ trades, next_cursor: next }) {
   seen.nextCursor = next;
 }
 
+/** What is not there for other orders: a purchase's dollars, a sale's shares; of two that cancel each other, once. */
+function heldBack(order) {
+  if (order.status === "held") return "–";
+  const pair = seen.orders.find((other) => order.parent_id && other.status === "open"
+    && [other.id, other.parent_id].includes(order.parent_id) && units(other.id) < units(order.id));
+  const cash = direction(order.reserved_cash) ? [usd(order.reserved_cash)] : [];
+  if (order.action === "buy") return cash.join();
+  return [pair ? `with order ${pair.id}` : `${quantity(order.quantity)} ${order.ticker}`, ...cash].join(" and ");
+}
+
+function drawOrders({ orders }) {
+  seen.orders = orders;
+  const hadFocus = $("orders").querySelector(".scroll").contains(document.activeElement);
+  drawRows($("orders-rows"), orders, (order) => order.id, ORDER_COLUMNS);
+  const cash = orders.reduce((sum, order) => sum + units(order.reserved_cash), 0n);
+  draw($("orders-count"), orders.length ? `${orders.length}${cash ? ` · ${usd(rounded(cash, 8))} held back` : ""}` : "");
+  $("orders-none").hidden = orders.length > 0;
+  $("orders").querySelector(".scroll").hidden = orders.length === 0;
+  $("cancel-all").setAttribute("aria-disabled", String(orders.length === 0));
+  // Not to the next Cancel: whoever presses Enter twice would cancel that too.
+  if (hadFocus && !(orders.length && $("orders").contains(document.activeElement))) $("orders-heading").focus({ preventScroll: true });
+}
+
 function drawSummary(history) {
   const list = $("summary");
   if (!list.children.length) {
@@ -375,33 +427,73 @@ function drawAges() {
   if (seen.updated) draw($("updated"), `Updated ${seen.updated} UTC`);
 }
 
-/* ------------------------------------------------------------------------------------------ Curve */
+/* ----------------------------------------------------------------------------------------- Curves */
 
 let plot = null;
 let curvePoints = [];
+let chartPlot = null;
+let chartBars = [];
+let chartMarks = [];
+
+const float = (number) => (number === null ? null : Number(number));
+const epoch = (timestamp) => Date.parse(timestamp) / 1000; // Seconds.
+const short = (timestamp) => clockTime(timestamp).slice(0, 16);
 
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+/** What both charts have: over time, or over the order of the points; dates are UTC. */
+function chartOptions(host, isOverTime, ends) {
+  const axis = {
+    stroke: () => colour("--muted"),
+    grid: { stroke: () => colour("--line"), width: 1 },
+    ticks: { stroke: () => colour("--line"), width: 1, size: 4 },
+    font: "12px system-ui, sans-serif",
+  };
+  const dates = (_, ticks, __, ___, apart) => ticks.map((tick) => {
+    const text = new Date(tick * 1000).toISOString();
+    return apart >= 86400 ? text.slice(0, 10) : text.slice(apart >= 3600 ? 5 : 11, 16).replace("T", " ");
+  });
+  const steps = (_, ticks) => ticks.map(ends);
+  const wholeSteps = [1, 10, 100, 1000, 10000, 100000].flatMap((step) => [step, 2 * step, 5 * step]);
+  return {
+    width: host.clientWidth,
+    height: host.clientHeight,
+    tzDate: (time) => uPlot.tzDate(new Date(time * 1000), "Etc/UTC"),
+    padding: [8, 36, 0, 0], // Room for half of the last date.
+    legend: { show: false },
+    cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 } },
+    scales: { x: { time: isOverTime, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) } },
+    axes: [
+      { ...axis, size: 30, space: 90, ...(isOverTime ? { values: dates } : { incrs: wholeSteps, values: steps }) },
+      {
+        ...axis,
+        values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : tick.toLocaleString("en-US", { maximumFractionDigits: 8 }))),
+        size: (_, labels) => 16 + 7.5 * Math.max(4, ...(labels ?? []).map((label) => label.length)),
+      },
+    ],
+  };
 }
 
 /** The curve from the starting cash on, over time; over the order of the points where the market's time has jumped back. */
 function drawCurve({ points, summary }) {
   if (!points.length) return;
   const start = { timestamp: points[0].timestamp, equity: summary.starting_cash };
-  curvePoints = [start, ...points];
-  const times = curvePoints.map((point) => Date.parse(point.timestamp) / 1000);
-  const runsOn = times.every((time, i) => i === 0 || time >= times[i - 1]) && times.at(-1) > times[0];
-  const float = (number) => (number === null ? null : Number(number));
+  curvePoints = withFalls([start, ...points]);
+  const at = curvePoints.map((point) => epoch(point.timestamp));
+  const runsOn = at.every((time, i) => i === 0 || time >= at[i - 1]) && at.at(-1) > at[0];
   const lines = [
-    runsOn ? times : curvePoints.map((_, i) => i),
+    runsOn ? at : curvePoints.map((_, i) => i),
     curvePoints.map((point) => float(point.equity)),
     curvePoints.map(() => float(start.equity)),
+    curvePoints.map((point) => (point.fall === null ? null : -float(point.fall))),
   ];
   const isShort = points.length <= 2;
   $("curve-note").hidden = runsOn && !isShort;
   draw($("curve-note"), isShort
-    ? "The curve has one point for each trade, and one for now."
-    : "One step for each trade: the market’s clock has gone back in this run, or stood still.");
+    ? "The curve has one point for each trade and each bar that passed, and one for now."
+    : "One step for each point: the market’s clock has gone back in this run, or stood still.");
   const said = points.at(-1)?.equity;
   $("curve").setAttribute("aria-label", `Equity curve from ${usd(summary.starting_cash)} to ${said ? usd(said) : "an unknown value"}, ` +
     `${points.length} points` + (summary.max_drawdown_percent ? `, largest drawdown ${money(summary.max_drawdown_percent)} percent` : ""));
@@ -415,44 +507,55 @@ function drawCurve({ points, summary }) {
   readOut(plot.cursor.idx);
 }
 
-function curveOptions(runsOn) {
-  const host = $("curve");
-  const axis = {
-    stroke: () => colour("--muted"),
-    grid: { stroke: () => colour("--line"), width: 1 },
-    ticks: { stroke: () => colour("--line"), width: 1, size: 4 },
-    font: "12px system-ui, sans-serif",
-  };
-  const dates = (_, ticks, __, ___, apart) => ticks.map((tick) => {
-    const text = new Date(tick * 1000).toISOString();
-    return apart >= 86400 ? text.slice(0, 10) : text.slice(apart >= 3600 ? 5 : 11, 16).replace("T", " ");
+/** The points, each with how far its equity lies below the highest before it, in percent. */
+function withFalls(points) {
+  let peak = 0n;
+  return points.map((point) => {
+    if (point.equity === null) return { ...point, fall: null };
+    const equity = units(point.equity);
+    if (equity > peak) peak = equity;
+    return { ...point, fall: peak ? rounded(((peak - equity) * 100n * 10n ** 8n) / peak, 2) : "0" };
   });
-  const ends = (tick) => (tick === 0 ? "start" : tick === curvePoints.length - 1 ? (seen.shownRun ? "end" : "now") : String(tick));
-  const steps = (_, ticks) => ticks.map(ends);
-  const wholeSteps = [1, 10, 100, 1000, 10000, 100000].flatMap((step) => [step, 2 * step, 5 * step]);
+}
+
+/** The drawdown hangs in the lowest quarter, on an axis of its own; the equity keeps above it. */
+function curveOptions(runsOn) {
+  const options = chartOptions($("curve"), runsOn, (tick) =>
+    (tick === 0 ? "start" : tick === curvePoints.length - 1 ? (seen.shownRun ? "end" : "now") : String(tick)));
+  const [over, equityAxis] = options.axes;
+  let lowest = 0;
+  const aboveTheFall = (_, low, high) => {
+    const [bottom, top] = low === high ? [low * 0.99 - 1, high * 1.01 + 1] : uPlot.rangeNum(low, high, 0.1, true);
+    lowest = bottom;
+    return [bottom - (top - bottom) / 3, top];
+  };
+  const noRise = (_, ticks) => ticks.map((tick) => (tick > 0 ? null : tick));
+  const noFall = (_, ticks) => ticks.map((tick) => (tick < lowest ? null : tick));
   return {
-    width: host.clientWidth,
-    height: host.clientHeight,
-    tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "Etc/UTC"),
-    padding: [8, 36, 0, 0], // Room for half of the last date.
-    legend: { show: false },
-    cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 } },
+    ...options,
+    padding: [8, 0, 0, 0],
     scales: {
-      x: { time: runsOn, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) },
-      y: { range: (_, low, high) => (low === high ? [low * 0.99 - 1, high * 1.01 + 1] : uPlot.rangeNum(low, high, 0.1, true)) },
+      ...options.scales,
+      y: { range: aboveTheFall },
+      fall: { range: (_, low) => [Math.min(low, -1) * 1.1, Math.min(low, -1) * -3.3] }, // One percent at the least: less is no fall to see.
     },
     axes: [
-      { ...axis, size: 30, space: 90, ...(runsOn ? { values: dates } : { incrs: wholeSteps, values: steps }) },
+      over,
+      { ...equityAxis, filter: noFall, ticks: { ...equityAxis.ticks, filter: noFall }, grid: { ...equityAxis.grid, filter: noFall } },
       {
-        ...axis,
-        values: (_, ticks) => ticks.map((tick) => tick.toLocaleString("en-US", { maximumFractionDigits: 4 })),
-        size: (_, labels) => 16 + 7.5 * Math.max(4, ...(labels ?? []).map((label) => label.length)),
+        ...equityAxis, scale: "fall", side: 1, space: 18, size: 52, grid: { show: false },
+        filter: noRise, ticks: { ...equityAxis.ticks, filter: noRise },
+        values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : `${String(tick).replace("-", "−")} %`)),
       },
     ],
     series: [
       {},
-      { stroke: () => colour("--accent"), fill: () => colour("--fill"), width: 2, points: { show: (_, __, from, to) => to - from < 30, size: 5 } },
+      {
+        stroke: () => colour("--accent"), fill: () => colour("--fill"), fillTo: () => lowest, width: 2,
+        points: { show: (_, __, from, to) => to - from < 30, size: 5 },
+      },
       { stroke: () => colour("--edge"), width: 1, dash: [4, 4], points: { show: false } },
+      { scale: "fall", stroke: () => colour("--loss"), fill: () => colour("--fall"), width: 1, points: { show: false } },
     ],
     hooks: { setCursor: [(chart) => readOut(chart.cursor.idx)] },
   };
@@ -462,12 +565,114 @@ function curveOptions(runsOn) {
 function readOut(index) {
   const point = curvePoints[index ?? curvePoints.length - 1];
   if (!point) return draw($("readout"), "");
-  draw($("readout"), `${clockTime(point.timestamp).slice(0, 16)} · ${point.equity === null ? "no price" : usd(point.equity)}`);
+  const fall = direction(point.fall) ? ` · ${money(point.fall)} % below its peak` : "";
+  draw($("readout"), `${short(point.timestamp)} · ${point.equity === null ? "no price" : usd(point.equity)}${fall}`);
 }
 
-function fitCurve() {
-  const { clientWidth: width, clientHeight: height } = $("curve");
-  if (plot && width && (plot.width !== width || plot.height !== height)) plot.setSize({ width, height });
+async function openChart(ticker) {
+  if (seen.chartOf !== ticker) closeChart();
+  seen.chartOf = ticker;
+  draw($("chart-heading"), ticker);
+  $("chart-plot").setAttribute("aria-label", `Price of ${ticker}`);
+  $("chart").hidden = false;
+  $("chart-heading").focus();
+  await refreshChart();
+}
+
+/** Leave no chart; the focus goes back to the row that it was opened from, if that is still there. */
+function closeChart() {
+  const hadFocus = $("chart").contains(document.activeElement);
+  const row = [...$("holdings-rows").rows].find((one) => one.dataset.key === seen.chartOf);
+  seen.chartOf = null;
+  $("chart").hidden = true;
+  chartPlot?.destroy();
+  chartPlot = null;
+  $("chart-rows").replaceChildren();
+  for (const id of ["chart-heading", "chart-readout", "chart-said"]) draw($(id), "");
+  if (hadFocus) (row?.querySelector("button") ?? $("holdings-heading")).focus();
+}
+
+async function refreshChart() {
+  const ticker = seen.chartOf;
+  if (!ticker) return;
+  const name = encodeURIComponent(ticker);
+  try {
+    const [{ bars }, { trades }] = await Promise.all([
+      ask(`/api/v1/bars/${name}?limit=${DAYS_OF_A_CHART}`), ask(`/api/v1/trades?ticker=${name}&limit=${MOST_AT_ONCE}`),
+    ]);
+    if (ticker === seen.chartOf) drawChart(ticker, bars, trades);
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    if (ticker === seen.chartOf) draw($("chart-said"), problem.message, "loss");
+  }
+}
+
+/** A holding's price by the day, with a mark for each of the trades since; the table below says the same in words. */
+function drawChart(ticker, bars, trades) {
+  if (!bars.length) return draw($("chart-said"), `There are no past prices of ${ticker}.`);
+  const marks = trades.filter((trade) => epoch(trade.market_time) >= epoch(bars[0].timestamp));
+  const bought = marks.filter((trade) => trade.trade_type === "buy").length;
+  const counted = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+  const [first, last] = [bars[0], bars.at(-1)];
+  draw($("chart-said"), `${counted(bars.length, "day")} from ${day(first.timestamp)} (${exactly(first.close)}) to ` +
+    `${day(last.timestamp)} (${exactly(last.close)}), with ▲ ${counted(bought, "purchase")} and ▼ ${counted(marks.length - bought, "sale")}.`);
+  drawRows($("chart-rows"), marks, (trade) => trade.id, MARK_COLUMNS);
+  const lines = [bars.map((bar) => epoch(bar.timestamp)), bars.map((bar) => float(bar.close))];
+  chartBars = bars;
+  chartMarks = marks.map((trade) => ({ at: epoch(trade.market_time), price: float(trade.price), isBuy: trade.trade_type === "buy" }));
+  if (chartPlot) chartPlot.setData(lines);
+  else chartPlot = new uPlot(priceOptions(), lines, $("chart-plot"));
+  readPrice(chartPlot.cursor.idx);
+}
+
+function priceOptions() {
+  const options = chartOptions($("chart-plot"), true);
+  const withMarks = (low, high, own) => [Math.min(low, ...own), Math.max(high, ...own)];
+  return {
+    ...options,
+    scales: {
+      x: { range: (_, low, high) => options.scales.x.range(_, ...withMarks(low, high, chartMarks.map((mark) => mark.at))) },
+      y: { range: (_, low, high) => uPlot.rangeNum(...withMarks(low, high, chartMarks.map((mark) => mark.price)), 0.15, true) },
+    },
+    series: [{}, { stroke: () => colour("--accent"), width: 2, points: { show: (_, __, from, to) => to - from < 30, size: 5 } }],
+    hooks: { draw: [drawMarks], setCursor: [(chart) => readPrice(chart.cursor.idx)] },
+  };
+}
+
+/** A triangle that touches the price of its trade: a purchase from below, a sale from above. */
+function drawMarks({ ctx, valToPos }) {
+  const size = 6 * devicePixelRatio;
+  for (const { at, price, isBuy } of chartMarks) {
+    const x = valToPos(at, "x", true);
+    const y = valToPos(price, "y", true);
+    const tail = y + (isBuy ? 2 : -2) * size;
+    ctx.beginPath();
+    ctx.moveTo(x, y);
+    ctx.lineTo(x - size, tail);
+    ctx.lineTo(x + size, tail);
+    ctx.closePath();
+    ctx.lineWidth = 2 * devicePixelRatio;
+    ctx.strokeStyle = colour("--card");
+    ctx.stroke();
+    ctx.fillStyle = colour(isBuy ? "--gain" : "--loss");
+    ctx.fill();
+  }
+}
+
+function readPrice(index) {
+  const bar = chartBars[index ?? chartBars.length - 1];
+  draw($("chart-readout"), bar ? `${day(bar.timestamp)} · ${exactly(bar.close)}` : "");
+}
+
+/** The charts have the colours and the width that the page has. */
+function fit(drawn, host) {
+  const { clientWidth: width, clientHeight: height } = host;
+  if (drawn && width && (drawn.width !== width || drawn.height !== height)) drawn.setSize({ width, height });
+}
+
+function fitCharts() {
+  fit(plot, $("curve"));
+  fit(chartPlot, $("chart-plot"));
 }
 
 /* ------------------------------------------------------------------------------------- Refreshing */
@@ -476,6 +681,7 @@ function fitCurve() {
 const seen = {
   sources: [], isSample: false, portfolio: null, market: null, updated: "",
   run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "", refreshes: 0, healthAt: 0,
+  orders: [], chartOf: null, longRun: null,
 };
 
 let refreshing = null;
@@ -531,17 +737,24 @@ async function refreshHealth() {
 }
 
 async function refreshAccount(askedWith) {
-  const [portfolio, trades, market] = await Promise.all([
-    ask("/api/v1/portfolio"), pageOfTrades(), seen.isSample ? askIfThere("/api/v1/market") : null,
+  const [portfolio, orders, trades, market] = await Promise.all([
+    ask("/api/v1/portfolio"), ask(`/api/v1/orders?limit=${MOST_AT_ONCE}`), pageOfTrades(),
+    seen.isSample ? askIfThere("/api/v1/market") : null,
   ]);
   if (key !== askedWith) return;
   Object.assign(seen, { portfolio, market, updated: clockTime(new Date(Date.now() + serverAhead).toISOString()).slice(11) });
   showDashboard(true);
   drawPortfolio(portfolio);
+  drawOrders(orders);
   if (trades.cursor === seen.cursors.at(-1) && trades.run === seen.shownRun) drawTrades(trades);
   drawMarket();
   drawAges();
-  await refreshHistory(`${seen.shownRun} ${portfolio.cash_balance} ${portfolio.equity} ${trades.trades[0]?.id} ${market?.now}`);
+  const state = `${seen.shownRun} ${portfolio.cash_balance} ${portfolio.equity} ${trades.trades[0]?.id} ${market?.now}`;
+  seen.refreshes += 1;
+  if (state !== seen.historyOf || seen.refreshes % 12 === 0) {
+    await refreshHistory(state);
+    await refreshChart();
+  }
   if (quoteMayChange) await refreshQuote();
 }
 
@@ -561,10 +774,10 @@ async function pageOfTrades() {
 
 /** The run, its curve and its figures: long for a busy bot, so asked for when something has changed. */
 async function refreshHistory(state) {
-  seen.refreshes += 1;
-  if (state === seen.historyOf && seen.refreshes % 12) return;
   const shownRun = seen.shownRun;
-  const history = await askIfThere(`/api/v1/account/history?resolution=trade${shownRun ? `&run=${shownRun}` : ""}`);
+  const resolution = seen.longRun === (shownRun ?? seen.run) ? "day" : "bar";
+  const query = new URLSearchParams({ resolution, ...(shownRun && { run: shownRun }) });
+  const history = await askIfThere(`/api/v1/account/history?${query}`);
   if (shownRun !== seen.shownRun || !key) return;
   $("overview").querySelector(".run").hidden = $("overview").querySelector("figure").hidden = !history;
   if (!history) return;
@@ -574,6 +787,7 @@ async function refreshHistory(state) {
     if (startedOver) turnTo([null]);
   }
   seen.historyOf = state;
+  if (history.points.length > MOST_POINTS) seen.longRun = Number(history.run);
   drawRuns();
   drawSummary(history);
   drawCurve(history);
@@ -602,17 +816,38 @@ function showRun(run) {
 /* ----------------------------------------------------------------------------------------- Orders */
 
 let sending = false;
+let canceling = false;
 let quoted = null; // The last price answer for the ticket's ticker.
 let quoteMayChange = false; // Not for a ticker that nobody knows: that is asked once.
 
 const ticketTicker = () => $("ticker").value.trim().toUpperCase();
 const ticketAction = () => $("order-form").elements.action.value;
+const ticketType = () => $("type").value;
+const ticketRests = () => !["market", "now"].includes(ticketType());
+
+const TYPE_NOTES = {
+  market: "Filled at once, at the market’s price.",
+  now: "Filled at once at this price, or refused.",
+  limit: "Waits for this price or a better one.",
+  stop: "Waits until the market comes to the stop, then takes its price.",
+  stop_limit: "Waits for the stop, and from then on for the limit.",
+  trailing_stop: "A stop that follows the market, and never back.",
+};
+
+/** Which input an error of the API is about. */
+const INPUTS = {
+  ticker: "ticker", quantity: "quantity", notional: "quantity", price: "price", limit_price: "price", stop_price: "stop",
+  trail_percent: "trail", "take_profit.limit_price": "take-profit", "stop_loss.stop_price": "stop-loss",
+};
+
+/** What is written there; nothing for what the type of order has not. */
+const written = (id) => ($(id).matches(":disabled") ? "" : $(id).value.trim());
 
 function fillTicket(action, ticker, amount) {
+  $("order-form").reset();
   $("order-form").elements.action.value = action;
   $("ticker").value = ticker;
   $("quantity").value = amount;
-  $("price").value = "";
   drawTicket();
   refreshQuote();
   $("quantity").focus();
@@ -646,11 +881,17 @@ async function refreshQuote() {
   drawTicket();
 }
 
-/** The button's words, and what the order comes to before commission. */
+/** The fields that the type of order has, the button's words, and what it comes to before commission. */
 function drawTicket() {
   const buying = ticketAction() === "buy";
+  for (const field of $("order-form").querySelectorAll("[data-types]")) {
+    const { types, side: only } = field.dataset;
+    field.disabled = field.hidden = !types.split(" ").includes(ticketType()) || (only ?? ticketAction()) !== ticketAction();
+  }
+  $("rehearse").hidden = ticketRests();
+  draw($("type-note"), TYPE_NOTES[ticketType()]);
   draw($("place"), buying ? "Place buy order" : "Place sell order");
-  const each = $("price").value.trim() || (quoted?.asked === ticketTicker() ? quoted.price : "");
+  const each = written("price") || written("stop") || (quoted?.asked === ticketTicker() ? quoted.price : "");
   const amount = $("quantity").value.trim();
   const known = isAmount(each) && isAmount(amount);
   const total = known ? rounded((units(each) * units(amount)) / 10n ** 8n, 8) : "";
@@ -661,13 +902,25 @@ function sayOrder(text, look) {
   draw($("order-result"), text, look);
 }
 
-/** The order in the ticket as it goes out, amounts as the text that was typed. */
+/** The order in the ticket as it goes out, amounts as the text that was typed. What is undefined does not go out. */
 function ticketOrder() {
-  const size = $("quantity").value.trim();
+  const size = written("quantity");
   const sized = size.startsWith("$") ? { notional: size.slice(1).trim() } : { quantity: size };
   const order = { ticker: ticketTicker(), action: ticketAction(), ...sized };
-  const limit = $("price").value.trim();
-  return JSON.stringify(limit ? { ...order, price: limit } : order);
+  const limit = written("price") || undefined;
+  if (!ticketRests()) return JSON.stringify({ ...order, price: limit });
+  const gain = written("take-profit");
+  const loss = written("stop-loss");
+  return JSON.stringify({
+    ...order,
+    order_type: ticketType(),
+    limit_price: limit,
+    stop_price: written("stop") || undefined,
+    trail_percent: written("trail") || undefined,
+    time_in_force: $("time-in-force").value,
+    take_profit: gain ? { limit_price: gain } : undefined,
+    stop_loss: loss ? { stop_price: loss } : undefined,
+  });
 }
 
 /** The key under which `order` goes out: the one it had, while what became of it is not known. */
@@ -684,21 +937,24 @@ async function sendOrder(isRehearsal) {
   if (sending || !$("order-form").reportValidity()) return;
   sending = true;
   $("order-form").setAttribute("aria-busy", "true");
-  for (const name of ["ticker", "quantity", "price"]) $(name).removeAttribute("aria-invalid");
+  for (const name of Object.values(INPUTS)) $(name).removeAttribute("aria-invalid");
   const order = ticketOrder();
   try {
-    const trade = isRehearsal
-      ? await ask("/api/v1/trade?dry_run=true", { method: "POST", body: order })
-      : await place(order);
-    sayOrder(sentence(trade, isRehearsal), isRehearsal ? "" : "gain");
+    if (ticketRests()) {
+      sayOrder(...orderSentence(await place("/api/v1/orders", order), JSON.parse(order)));
+    } else {
+      const trade = isRehearsal
+        ? await ask("/api/v1/trade?dry_run=true", { method: "POST", body: order })
+        : await place("/api/v1/trade", order);
+      sayOrder(sentence(trade, isRehearsal), isRehearsal ? "" : "gain");
+    }
     if (!isRehearsal) $("quantity").value = ""; // So that a second press does not buy twice.
     drawTicket();
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
     sayOrder(...refusal(problem, isRehearsal));
     for (const { field } of problem.document.errors ?? []) {
-      const input = field === "notional" ? "quantity" : field;
-      if (["ticker", "quantity", "price"].includes(input)) $(input).setAttribute("aria-invalid", "true");
+      if (field in INPUTS) $(INPUTS[field]).setAttribute("aria-invalid", "true");
     }
   } finally {
     sending = false;
@@ -708,13 +964,13 @@ async function sendOrder(isRehearsal) {
 }
 
 /** Place `order`, again and again under one key while no clear answer comes; a Problem in the end. */
-async function place(order) {
+async function place(path, order) {
   const headers = { "Idempotency-Key": keyFor(order) };
   for (const pause of [...RETRY_AFTER_SECONDS, null]) {
     try {
-      const trade = await ask("/api/v1/trade", { method: "POST", body: order, headers });
+      const placed = await ask(path, { method: "POST", body: order, headers });
       sessionStorage.removeItem("open-order");
-      return trade;
+      return placed;
     } catch (problem) {
       if (!problem.mayPass) sessionStorage.removeItem("open-order");
       if (!problem.mayPass || pause === null) throw problem;
@@ -732,6 +988,39 @@ function sentence(trade, isRehearsal) {
   if (isRehearsal) return `This ${would} ${what}${costs}.${gained} Cash after it: ${exactly(trade.cash_balance)}. Nothing has been booked.`;
   if (trade.replayed) return `Booked already, as trade ${trade.id}: ${verb.toLowerCase()} ${what}${costs}. It is booked once.`;
   return `${verb} ${what}${costs}.${gained} Cash: ${exactly(trade.cash_balance)}. Trade ${trade.id}.`;
+}
+
+/** What to say about an order that may wait, and how it should look. */
+function orderSentence(order, { take_profit: gain, stop_loss: loss }) {
+  const what = `${order.action} ${quantity(order.quantity)} ${order.ticker}`;
+  if (order.replayed) return [`Placed already, as order ${order.id}: ${what}. It is ${order.status}, and placed once.`, "gain"];
+  if (order.status === "filled") return [`Order ${order.id} was filled at once, as trade ${order.trade_id}: ${what} at ${exactly(order.price)}.`, "gain"];
+  if (order.status !== "open") return [`Order ${order.id} was ${order.status}. ${order.reason ?? ""}`, "loss"];
+  const held = direction(order.reserved_cash) ? ` ${exactly(order.reserved_cash)} are held back for it.` : "";
+  const brought = [gain && "take-profit", loss && "stop-loss"].filter(Boolean).join(" and ");
+  return [`Order ${order.id} waits: ${what}.${held}${brought ? ` When it is filled, its ${brought} will wait.` : ""}`, "gain"];
+}
+
+/** Cancel an order and what hangs on it, or all. */
+async function cancel(order) {
+  if (canceling) return;
+  canceling = true;
+  try {
+    if (order) {
+      await ask(`/api/v1/orders/${order.id}`, { method: "DELETE" });
+      const legs = seen.orders.filter((other) => other.parent_id === order.id && order.action === "buy").length;
+      draw($("orders-result"), `Order ${order.id} is canceled${legs ? `, and the ${legs === 1 ? "sale" : "sales"} that hung on it` : ""}.`);
+    } else {
+      const { canceled } = await ask("/api/v1/orders", { method: "DELETE" });
+      draw($("orders-result"), canceled.length === 1 ? "1 order is canceled." : `${canceled.length} orders are canceled.`);
+    }
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    draw($("orders-result"), problem.message + (problem.isAway ? " Whether it was canceled is not known: see below, or try again." : ""), "loss");
+  } finally {
+    canceling = false;
+  }
+  await refresh();
 }
 
 /** What to say about an order that was not taken, and how it should look. */
@@ -784,7 +1073,7 @@ function showDashboard(isOpen) {
   $("dashboard").hidden = !isOpen;
   $("sign-out").hidden = !key;
   $("sign-in").hidden = isOpen;
-  fitCurve();
+  fitCharts();
 }
 
 function offerTestKey() {
@@ -809,16 +1098,18 @@ async function signIn(text) {
 function forget() {
   key = null;
   sessionStorage.clear();
-  Object.assign(seen, { portfolio: null, market: null, updated: "", run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "" });
+  Object.assign(seen, { portfolio: null, market: null, updated: "", run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "", orders: [], longRun: null });
+  closeChart();
   plot?.destroy();
   plot = null;
   curvePoints = [];
   quoted = null;
-  for (const id of ["holdings-rows", "trades-rows", "run-select", "summary", "tickers"]) $(id).replaceChildren();
+  for (const id of ["holdings-rows", "orders-rows", "trades-rows", "run-select", "summary", "tickers"]) $(id).replaceChildren();
   for (const id of ["order-form", "start-over-form", "clock-form", "sign-in-form"]) $(id).reset();
-  for (const id of ["updated", "order-result", "start-over-result", "clock-result", "csv-result", "readout"]) draw($(id), "");
+  for (const id of ["updated", "order-result", "orders-count", "orders-result", "start-over-result", "clock-result", "csv-result", "readout"]) draw($(id), "");
   for (const id of ["equity", "change", "cash", "market-value", "cost", "unrealized", "realized", "total"]) draw($(id), "");
   askToStartOver(false);
+  drawTicket();
   drawSources();
 }
 
@@ -888,6 +1179,8 @@ function start() {
   let typing = 0;
   onSubmit("order-form", () => sendOrder(false));
   onClick("rehearse", () => sendOrder(true));
+  onClick("cancel-all", () => seen.orders.length && cancel());
+  onClick("chart-close", closeChart);
   $("order-form").addEventListener("input", (event) => {
     drawTicket();
     event.target.removeAttribute("aria-invalid");
@@ -919,8 +1212,9 @@ function start() {
     button.addEventListener("click", () => control("advance", "POST", { bars: Number(button.value) }));
   });
 
-  new ResizeObserver(fitCurve).observe($("curve"));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plot?.redraw());
+  const sizes = new ResizeObserver(fitCharts);
+  for (const id of ["curve", "chart-plot"]) sizes.observe($(id));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => [plot, chartPlot].forEach((drawn) => drawn?.redraw()));
   document.addEventListener("visibilitychange", () => document.hidden || refresh());
   setInterval(() => document.hidden || refreshing || refresh(), REFRESH_SECONDS * 1000);
   setInterval(() => document.hidden || drawAges(), 1000);

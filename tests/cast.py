@@ -200,6 +200,19 @@ class Trader:
             **options,
         )
 
+    def asks_for(self, action, quantity, ticker, order_type="limit", key=None, fault=None, **prices):
+        """Place an order that may rest and answer the raw response."""
+        order = {"ticker": ticker, "action": action, "quantity": quantity, "order_type": order_type}
+        headers = {"Idempotency-Key": key, "X-Simulate-Fault": fault}
+        headers = {name: value for name, value in headers.items() if value}
+        return self.ask("POST", "/api/v1/orders", json=order | prices, headers=headers)
+
+    def rests(self, action, quantity, ticker, order_type="limit", **prices) -> dict:
+        """Place an order, which is taken, and answer it."""
+        placed = self.asks_for(action, quantity, ticker, order_type, **prices)
+        assert placed.status_code == 201, placed.text
+        return exact(placed)
+
     def buys(self, quantity, ticker, at=None, **options):
         return exact(self.order("buy", quantity, ticker, at, **options))
 
@@ -255,13 +268,19 @@ class Trader:
         return self.get("/api/v1/trades", limit=500)["trades"]
 
     @property
+    def orders(self) -> list[dict]:
+        """Every order of this run, closed ones too, the newest first."""
+        orders, cursor = [], {}
+        while cursor is not None:
+            page = self.get("/api/v1/orders", status="all", limit=500, **cursor)
+            orders += page["orders"]
+            cursor = page["next_cursor"] and {"cursor": page["next_cursor"]}
+        return orders
+
+    @property
     def books(self) -> tuple:
         """All that a refused request must leave as it was."""
         return self.get("/api/v1/balance"), self.holdings, self.trades, self.orders
-
-    @property
-    def orders(self) -> list[dict]:
-        return self.get("/api/v1/orders", status="all", limit=500)["orders"]
 
     def audit(self) -> dict:
         return self.get("/api/v1/account/audit")

@@ -77,7 +77,33 @@ class Visit:
         self.page.get_by_role("radio", name=action.capitalize()).check()
         self["ticker"].fill(ticker)
         self["quantity"].fill(str(quantity))
-        self["price"].fill(str(at))
+        self["type"].select_option("now" if at else "market")
+        if at:
+            self["price"].fill(str(at))
+        return self
+
+    def writes_an_order_that_rests(self, action, quantity, ticker, order_type, **prices) -> "Visit":
+        self.writes_an_order(action, quantity, ticker)["type"].select_option(order_type)
+        for name, price in prices.items():
+            self[name.replace("_", "-")].fill(str(price))
+        return self
+
+    def tabs_to(self, name: str) -> "Visit":
+        """Press Tab until the element with this id or name has the focus, and shows it."""
+        for _ in range(60):
+            self.page.keyboard.press("Tab")
+            at = "[document.activeElement.id, document.activeElement.ariaLabel]"
+            outline = "getComputedStyle(document.activeElement).outlineStyle"
+            if name in self.page.evaluate(at):
+                assert self.page.evaluate(outline) == "solid", f"{name} does not show that it has the focus"
+                return self
+        raise AssertionError(f"Tab never comes to {name}.")
+
+    def types(self, *keys: str) -> "Visit":
+        """A word as it is, a key by its name."""
+        for key in keys:
+            is_key = key in ("Enter", "Space", "ArrowDown", "Shift+Tab")
+            self.page.keyboard.press(key) if is_key else self.page.keyboard.type(key)
         return self
 
     def reads(self, name: str, words) -> "Visit":
@@ -273,56 +299,185 @@ def test_an_order_whose_answer_is_lost_is_sent_again_and_booked_once(visit):
 
 
 def test_an_order_is_placed_by_keyboard_alone(visit):
-    keyboard = visit.page.keyboard
-
-    def tab_to(name: str):
-        for _ in range(40):
-            keyboard.press("Tab")
-            seen = "[document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle]"
-            focused, outline = visit.page.evaluate(seen)
-            if focused == name:
-                assert outline == "solid", f"#{name} does not show that it has the focus"
-                return
-        raise AssertionError(f"Tab never comes to #{name}.")
-
-    visit.opens_the_page()
-    tab_to("key")
-    keyboard.type(visit.trader.key)
-    keyboard.press("Enter")
+    visit.opens_the_page().tabs_to("key").types(visit.trader.key, "Enter")
     expect(visit["equity-heading"]).to_be_focused()
-    tab_to("ticker")
-    keyboard.type("AAPL")
-    tab_to("quantity")
-    keyboard.type("3")
-    tab_to("price")
-    keyboard.type("600")
-    tab_to("rehearse")
-    keyboard.press("Space")
-    visit.reads("order-result", "This would buy 3 AAPL")
+    visit.tabs_to("ticker").types("AAPL").tabs_to("quantity").types("3")
+    visit.tabs_to("type").types("ArrowDown").tabs_to("price").types("600")
+    visit.tabs_to("rehearse").types("Space").reads("order-result", "This would buy 3 AAPL at 600.00 USD")
     expect(visit["rehearse"]).to_be_focused()
-    keyboard.press("Shift+Tab")
-    keyboard.press("Enter")
-    visit.reads("order-result", "Bought 3 AAPL")
+    visit.types("Shift+Tab", "Enter").reads("order-result", "Bought 3 AAPL")
     assert visit.trader.holdings["AAPL"][0] == 3
+
+
+# Orders that rest
+
+
+def test_a_bracket_is_placed_seen_and_canceled_by_keyboard_alone(visit):
+    alice = visit.trader
+    visit.signs_in().reads("orders-none", "No open orders")
+    visit.tabs_to("ticker").types("AAPL").tabs_to("quantity").types("3").tabs_to("type").types("Limit that")
+    visit.tabs_to("price").types("500").tabs_to("take-profit").types("650").tabs_to("stop-loss").types("450")
+    visit.types("Enter").reads("order-result", "waits: buy 3 AAPL. 1,500.00 USD are held back for it.")
+    visit.reads("order-result", "When it is filled, its take-profit and stop-loss will wait.")
+    stop, gain, entry = alice.get("/api/v1/orders")["orders"]
+    assert [order["status"] for order in (entry, gain, stop)] == ["open", "held", "held"]
+    assert (entry["limit_price"], gain["limit_price"], stop["stop_price"]) == (500, 650, 450)
+
+    visit.reads("orders-count", "3 · 1,500.00 USD held back")
+    rows = visit["orders-rows"].locator("tr")
+    cells = [rows.nth(i).locator("th, td").all_inner_texts() for i in range(3)]
+    legs = f"Stop-loss of order {entry['id']}", f"Take-profit of order {entry['id']}"
+    assert [row[:7] for row in cells] == [
+        [stop["id"], "AAPL", "Sell", legs[0], "3", "", "450.00"],
+        [gain["id"], "AAPL", "Sell", legs[1], "3", "650.00", ""],
+        [entry["id"], "AAPL", "Buy", "Limit", "3", "500.00", ""],
+    ]
+    held, waits = ["until canceled", "held", "–"], ["until canceled", "open", "1,500.00 USD"]
+    assert [row[8:11] for row in cells] == [held, held, waits]
+
+    visit.tabs_to(f"Cancel order {stop['id']}").tabs_to(f"Cancel order {entry['id']}").types("Enter")
+    visit.reads("orders-result", f"Order {entry['id']} is canceled, and the sales that hung on it.")
+    expect(visit["orders-result"]).to_have_role("status")
+    visit.reads("orders-none", "No open orders")
+    expect(visit["orders-heading"]).to_be_focused()
+    assert alice.get("/api/v1/orders")["orders"] == []
+    assert alice.get("/api/v1/balance")["reserved_cash"] == 0
+
+
+def test_a_stop_that_was_filled_is_among_the_trades(visit):
+    alice = visit.trader
+    alice.buys(10, "AAPL")
+    visit.signs_in().writes_an_order_that_rests("sell", 4, "AAPL", "stop", stop="550")
+    expect(visit["take-profit"]).to_be_hidden()
+    visit.presses("Place sell order").reads("order-result", "waits: sell 4 AAPL.")
+    visit.reads("orders-rows", "4 AAPL")
+    [order] = alice.get("/api/v1/orders")["orders"]
+    alice.sees("AAPL", at="540")
+    visit.page.reload()
+    visit.reads("trades-rows", "540.00").reads("orders-none", "No open orders")
+    filled = visit.row("trades-rows")
+    assert (filled[2:6], filled[8], filled[12]) == (["Sell", "AAPL", "4", "540.00"], "−83.96", order["id"])
+    assert alice.get(f"/api/v1/orders/{order['id']}")["status"] == "filled"
+    assert alice.holdings["AAPL"][0] == 6
+
+
+def test_what_is_held_back_is_shown_once_and_not_offered_for_sale(visit):
+    alice = visit.trader
+    alice.buys(7, "AAPL")
+    bracket = {"take_profit": {"limit_price": 650}, "stop_loss": {"stop_price": 450}}
+    entry = {"ticker": "AAPL", "action": "buy", "quantity": 3, "order_type": "market"}
+    assert alice.ask("POST", "/api/v1/orders", json=entry | bracket).json()["status"] == "filled"
+    stop, gain = alice.get("/api/v1/orders")["orders"]
+    visit.signs_in().reads("orders-rows", f"with order {gain['id']}")
+    rows = visit["orders-rows"].locator("tr")
+    held_back = [rows.nth(i).locator("th, td").all_inner_texts()[9:11] for i in range(2)]
+    assert held_back == [["open", f"with order {gain['id']}"], ["open", "3 AAPL"]]
+    visit.presses("Sell AAPL…")
+    expect(visit["quantity"]).to_have_value("7")
+    visit.presses(f"Cancel order {stop['id']}").reads("orders-none", "No open orders")
+    visit.presses("Sell AAPL…")
+    expect(visit["quantity"]).to_have_value("10")
+
+
+def test_each_type_of_order_has_its_own_prices_and_is_placed_with_them(visit):
+    alice = visit.trader
+    alice.buys(10, "AAPL")
+    visit.signs_in()
+    fields = {
+        "market": [], "now": ["price"], "limit": ["price"], "stop": ["stop"], "stop_limit": ["stop", "price"],
+        "trailing_stop": ["trail"],
+    }  # fmt: skip
+    for order_type, names in fields.items():
+        visit.writes_an_order_that_rests("buy", 1, "AAPL", order_type)
+        shown = [name for name in ("stop", "price", "trail") if visit[name].is_visible()]
+        rests = order_type not in ("market", "now")
+        asks = [visit[name].is_visible() for name in ("time-in-force", "take-profit", "stop-loss")]
+        assert (shown, asks, visit["rehearse"].is_hidden()) == (names, [rests] * 3, rests), order_type
+
+    visit.writes_an_order_that_rests("buy", 1, "AAPL", "stop_limit", stop=600, price="610.5")
+    visit["time-in-force"].select_option("day")
+    visit.presses("Place buy order").reads("orders-rows", "610.50")
+    visit.writes_an_order_that_rests("sell", 2, "AAPL", "trailing_stop", trail="2.5")
+    visit.presses("Place sell order").reads("orders-rows", "2.5 %")
+    visit.writes_an_order_that_rests("sell", 1, "AAPL", "limit", price="500")
+    visit.presses("Place sell order").reads("order-result", "was filled at once, as trade")
+    trailing, stop_limit = alice.get("/api/v1/orders")["orders"]
+    kinds = ("order_type", "stop_price", "limit_price", "trail_percent", "time_in_force")
+    assert [stop_limit[kind] for kind in kinds] == ["stop_limit", 600, Decimal("610.5"), None, "day"]
+    assert trailing["trail_percent"] == Decimal("2.5")
+    assert alice.holdings["AAPL"][0] == 9
+
+    visit.presses("Cancel all").reads("orders-result", "2 orders are canceled.")
+    visit.reads("orders-none", "No open orders")
+    assert alice.get("/api/v1/orders")["orders"] == []
+
+
+def test_an_order_that_rests_and_whose_answer_is_lost_is_placed_once(visit):
+    keys = []
+
+    def lose_the_first_answer(route: Route):
+        if route.request.method != "POST":
+            return route.continue_()
+        keys.append(route.request.headers["idempotency-key"])
+        answer = route.fetch()
+        return route.abort() if len(keys) == 1 else route.fulfill(response=answer)
+
+    visit.page.route("**/api/v1/orders", lose_the_first_answer)
+    visit.page.clock.install()
+    visit.signs_in().writes_an_order_that_rests("buy", 1, "AAPL", "limit", price=500)
+    visit.presses("Place buy order").reads("order-result", "Sending the order again under the same key…")
+    visit.page.clock.fast_forward("00:01")
+    visit.reads("order-result", "Placed already").reads("order-result", "It is open, and placed once.")
+    assert len(keys) == 2
+    assert len(set(keys)) == 1
+    assert len(visit.trader.get("/api/v1/orders")["orders"]) == 1
+    visit.overlook("net::ERR_FAILED")
+
+
+def test_refusals_of_orders_that_rest_are_sentences(visit):
+    alice = visit.trader
+    asked = {"ticker": "AAPL", "action": "buy", "quantity": 1000, "order_type": "limit", "limit_price": 500}
+    too_much = alice.ask("POST", "/api/v1/orders", json=asked).json()["detail"]
+    wrong = {"quantity": 1, "take_profit": {"limit_price": 400}}
+    upside_down = alice.ask("POST", "/api/v1/orders", json=asked | wrong).json()["detail"]
+    visit.signs_in().writes_an_order_that_rests("buy", 1000, "AAPL", "limit", price=500)
+    visit.presses("Place buy order").reads("order-result", too_much)
+    visit.writes_an_order_that_rests("buy", 1, "AAPL", "limit", price=500, take_profit=400)
+    visit.presses("Place buy order").reads("order-result", upside_down)
+    visit["take-profit"].fill("many")
+    visit.presses("Place buy order")
+    expect(visit["take-profit"]).to_have_attribute("aria-invalid", "true")
+    assert alice.get("/api/v1/orders", status="all")["orders"] == []
+
+    visit["take-profit"].fill("")
+    visit.presses("Place buy order").reads("orders-rows", "AAPL")
+    [order] = alice.get("/api/v1/orders")["orders"]
+    visit.page.route("**/api/v1/orders?*", lambda route: route.abort())  # So that the page still shows it.
+    alice.ask("DELETE", "/api/v1/orders")
+    visit.presses(f"Cancel order {order['id']}").reads(
+        "orders-result", f"Order {order['id']} is canceled already."
+    )
+    visit.overlook("Failed to load resource")
 
 
 # What is shown
 
 
-def pixels_of_the_curve(page: Page) -> int:
-    """How many pixels of the chart have the colour of the curve, which the axes have not."""
+def pixels_of(page: Page, colour="--accent", chart="curve") -> int:
+    """How many pixels of a chart have this colour, which the axes have not."""
     return page.evaluate(
-        """() => {
-            const canvas = document.querySelector("#curve canvas");
+        """([colour, chart]) => {
+            const canvas = document.querySelector(`#${chart} canvas`);
             if (!canvas) return 0;
-            const hex = getComputedStyle(document.documentElement).getPropertyValue("--accent").trim();
+            const hex = getComputedStyle(document.documentElement).getPropertyValue(colour).trim();
             const accent = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
             const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
             let found = 0;
             for (let at = 0; at < data.length; at += 4)
                 found += data[at + 3] > 200 && accent.every((part, i) => Math.abs(part - data[at + i]) < 12);
             return found;
-        }"""
+        }""",
+        [colour, chart],
     )
 
 
@@ -335,13 +490,83 @@ def test_the_equity_curve_is_drawn_and_grows(visit):
     visit.signs_in()
     expect(visit["curve"].locator("canvas")).to_be_visible()
     visit.reads("readout", f"{equity} USD")
-    assert f"from 100,000.00 USD to {equity} USD, 3 points" in visit["curve"].get_attribute("aria-label")
-    assert pixels_of_the_curve(visit.page) > 300
+    points = len(alice.get("/api/v1/account/history", resolution="bar")["points"])
+    assert points > 20
+    said = f"from 100,000.00 USD to {equity} USD, {points} points"
+    assert said in visit["curve"].get_attribute("aria-label")
+    assert pixels_of(visit.page) > 300
     before = alice.portfolio["equity"]
     visit.presses("+20").reads("clock-now", "2012-07-30")
     assert alice.portfolio["equity"] != before
     visit.reads("readout", f"{alice.portfolio['equity']:,.2f} USD")
-    assert pixels_of_the_curve(visit.page) > 300
+    assert pixels_of(visit.page) > 300
+
+
+def test_a_curve_of_very_many_bars_is_asked_for_by_the_day(visit):
+    """A run with so many takes long to make, so here the server's answer is lengthened on the way."""
+    asked = []
+
+    def lengthened(route: Route):
+        asked.append(re.search("resolution=([a-z]+)", route.request.url)[1])
+        answer = route.fetch()
+        history = answer.json()
+        route.fulfill(response=answer, json=history | {"points": history["points"][-1:] * 5001})
+
+    visit.page.route("**/api/v1/account/history?*", lengthened)
+    visit.signs_in().reads("readout", "100,000.00 USD").presses("+1 bar").reads("clock-now", "2012-06-04")
+    visit.reads("readout", "2012-06-04")
+    assert asked == ["bar", "day"]
+
+
+def test_the_drawdown_hangs_below_the_equity_curve(visit):
+    alice = visit.trader
+    alice.buys(100, "AAPL")
+    for price in ("600", "540"):
+        alice.sees("AAPL", at=price)
+        alice.buys(1, "AAPL")
+    fall = alice.get("/api/v1/account/history")["summary"]["max_drawdown_percent"]
+    assert fall > 5
+    visit.signs_in().reads("readout", f"{fall:.2f} % below its peak")
+    assert pixels_of(visit.page, "--loss") > 50
+
+
+def test_a_chart_of_a_holding_marks_its_purchases_and_sales(visit):
+    alice = visit.trader
+    alice.buys(10, "AAPL")
+    alice.buys(1, "IBM")
+    alice.ask("POST", "/api/v1/market/advance", json={"bars": 10})
+    visit.signs_in().tabs_to("AAPL, chart of its price").types("Enter")
+    expect(visit["chart-heading"]).to_be_focused()
+    visit.reads("chart-heading", "AAPL").reads("chart-said", "with ▲ 1 purchase and ▼ 0 sales.")
+    [last] = alice.get("/api/v1/bars/AAPL", limit=1)["bars"]
+    visit.reads("chart-said", f"to 2012-06-15 ({last['close']} USD)")
+    assert pixels_of(visit.page, chart="chart-plot") > 300
+    assert pixels_of(visit.page, "--gain", "chart-plot") > 20
+    assert pixels_of(visit.page, "--loss", "chart-plot") == 0
+
+    visit.writes_an_order("sell", 10, "AAPL").presses("Place sell order")
+    visit.reads("chart-said", "with ▲ 1 purchase and ▼ 1 sale.")
+    assert pixels_of(visit.page, "--loss", "chart-plot") > 20
+    rows = visit["chart-rows"].locator("tr")
+    assert rows.nth(1).locator("td").all_inner_texts() == ["2012-06-01 00:00:00", "Buy", "10", "560.99", ""]
+    assert visit.row("chart-rows")[:4] == ["2012-06-15 00:00:00", "Sell", "10", str(last["close"])]
+
+    visit["chart-close"].press("Enter")
+    expect(visit["chart"]).to_be_hidden()
+    expect(visit["holdings-heading"]).to_be_focused()  # The holding is sold, and its row is gone.
+    visit.page.get_by_role("button", name="IBM, chart of its price").press("Enter")
+    visit.reads("chart-heading", "IBM").reads("chart-said", "with ▲ 1 purchase")
+    visit["chart-close"].press("Enter")
+    expect(visit.page.get_by_role("button", name="IBM, chart of its price")).to_be_focused()
+
+
+def test_a_chart_that_the_server_refuses_says_why(visit):
+    visit.trader.buys(1, "AAPL")
+    refused = '{"status": 503, "detail": "No source gave past prices in time.", "code": "price_unavailable"}'
+    visit.page.route("**/api/v1/bars/**", lambda route: route.fulfill(status=503, body=refused))
+    visit.signs_in().presses("AAPL, chart of its price")
+    visit.reads("chart-said", "No source gave past prices in time.")
+    visit.overlook("Failed to load resource")
 
 
 def test_amounts_are_shown_with_their_exact_digits(browser, server):
@@ -502,6 +727,11 @@ def test_a_phone_needs_no_sideways_scroll(browser, alice):
         assert no_sideways_scroll(visit.page)
         visit.writes_an_order("buy", "1000000000", "BTC-USD").presses("Rehearse")
         visit.reads("order-result", re.compile(".+")).presses("Start over…")
+        visit.writes_an_order_that_rests("buy", "1.00000001", "BTC-USD", "stop_limit", stop=2000, price=2100)
+        visit["take-profit"].fill("9999999999.12345678")
+        visit.presses("Place buy order").reads("orders-rows", "Take-profit")
+        visit.presses("BTC-USD, chart of its price")
+        expect(visit["chart-plot"].locator("canvas")).to_be_visible()
         expect(visit["curve"].locator("canvas")).to_be_visible()
         assert visit.page.evaluate("document.documentElement.clientWidth") == 390
         assert no_sideways_scroll(visit.page)
@@ -532,6 +762,12 @@ def test_axe_finds_nothing_serious(visit, colours):
     assert serious_violations() == []
     visit.signs_in().writes_an_order("buy", 1000, "AAPL").presses("Place buy order")
     visit.reads("order-result", "This costs").reads("readout", "USD").presses("Start over…")
+    assert serious_violations() == []
+    visit.writes_an_order_that_rests("buy", 1, "IBM", "stop_limit", stop=300, price=310, stop_loss=200)
+    visit.presses("Place buy order").reads("orders-rows", "Stop-loss").presses("IBM, chart of its price")
+    visit.reads("chart-rows", "Sell")
+    assert serious_violations() == []
+    visit.presses("Cancel all").reads("orders-result", "2 orders are canceled.")
     assert serious_violations() == []
     visit.page.evaluate("sayAway('The server does not answer.')")
     assert serious_violations() == []
