@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 from zoneinfo import ZoneInfo
 
@@ -1101,20 +1102,17 @@ OLD_CLIENT = "alpaca-trade-api==3.2.0"
 
 
 @pytest.fixture(scope="session")
-def old_client(tmp_path_factory) -> Path:
+def old_client() -> Iterator[Path]:
     """A Python that has alpaca-trade-api: it wants older packages than yfinance does, so not this one."""
-    named = os.environ.get("ALPACA_TRADE_API_PYTHON")
-    if named:
-        return Path(named)
-    folder = tmp_path_factory.mktemp("old-client")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", OLD_CLIENT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode and not os.environ.get("CI"):
-        pytest.skip(f"{OLD_CLIENT} cannot be installed here.")
-    assert done.returncode == 0, done.stderr
-    return python
+    with TemporaryDirectory(prefix="broker-old-client-") as folder:
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        python = Path(folder) / "bin" / "python"
+        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", OLD_CLIENT]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode and not os.environ.get("CI"):
+            pytest.skip(f"{OLD_CLIENT} cannot be installed here.")
+        assert done.returncode == 0, done.stderr
+        yield python
 
 
 OLD_BOT = """
