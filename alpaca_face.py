@@ -50,6 +50,7 @@ from messages import (
     plain,
     rounded,
     takes,
+    text_like,
     whole_number,
 )
 from models import Account, PortfolioAnswer, Quote, Trade, User
@@ -272,8 +273,10 @@ def checked_order_key(value) -> str:
 
 
 Number = Annotated[Decimal, BeforeValidator(checked_decimal)]
-Moment = Annotated[Any, BeforeValidator(checked_moment)]
-Symbols = Annotated[dict[str, str], BeforeValidator(checked_symbols)]
+Moment = Annotated[Any, BeforeValidator(checked_moment), text_like(".*", examples=["2012-06-01"])]
+Symbols = Annotated[
+    dict[str, str], BeforeValidator(checked_symbols), text_like(".+", examples=["AAPL,BTC/USD"])
+]
 OrderKey = Annotated[str, BeforeValidator(checked_order_key)]
 Sort = Annotated[Literal["asc", "desc"], BeforeValidator(in_lower_case)]
 
@@ -590,7 +593,7 @@ class OrdersAsked(Asked):
     until: Moment = None
     direction: Sort = "desc"
     nested: bool = False
-    symbols: Symbols = {}
+    symbols: Symbols | None = None
     side: ActionWord | None = None
 
 
@@ -599,7 +602,7 @@ class OrdersAsked(Asked):
 def orders(asked: OrdersAsked) -> list[dict]:
     """Your orders; with `nested` a leg stands in the order that brought it, if that is among them."""
     filters = {"since": as_moment(asked.after), "until": as_moment(asked.until), "action": asked.side}
-    filters |= {"tickers": list(asked.symbols.values()), "oldest_first": asked.direction == "asc"}
+    filters |= {"tickers": list((asked.symbols or {}).values()), "oldest_first": asked.direction == "asc"}
     found = PlacedOrder.page(
         g.user_id, run=g.account.run, status=asked.status, limit=asked.limit, cursor=None, **filters
     )
@@ -971,7 +974,9 @@ def live_bars(ticker: str, asked: "BarsAsked", start: datetime | None, end: date
 
 
 class BarsAsked(Asked):
-    timeframe: Annotated[Any, BeforeValidator(checked_timeframe)] = DAYS
+    timeframe: Annotated[
+        Any, BeforeValidator(checked_timeframe), text_like("[0-9]{1,2}[A-Za-z]{1,5}", examples=["1Day"])
+    ] = DAYS
     start: Moment = None
     end: Moment = None
     limit: whole_number(1, 10_000) = 1000

@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar
@@ -113,7 +113,7 @@ from models import (
     User,
     UsersAnswer,
 )
-from orders import ORDERS_LIMIT, CanceledAnswer, OrderAnswer, OrdersAnswer, PlacedOrder, fingerprint
+from orders import ORDERS_LIMIT, CanceledAnswer, OrderAnswer, OrdersAnswer, PlacedOrder, Tick, fingerprint
 from pricing import (
     BAR_SECONDS,
     SAMPLE_FILE,
@@ -267,8 +267,11 @@ class Simulator(Flask):
         deadline = time.monotonic() + self.SECONDS
         for attempt in range(1, self.TRIES + 1):
             try:
+                g.pop("filled", None)
                 admit()
-                return super().dispatch_request()
+                answer = super().dispatch_request()
+                log_fills()
+                return answer
             except Refused as refusal:
                 if unknown:  # What was not known then is not known by a refusal now.
                     raise unknown from refusal
@@ -448,7 +451,7 @@ def quote_expired(error: QuoteExpired) -> Response:
 
 def admit() -> None:
     """Let the request in: find out whose key it carries and which account that is, and count it."""
-    is_alpacas = request.path.startswith(alpaca_face.PREFIX)
+    is_alpacas = request.path.startswith(f"{alpaca_face.PREFIX}v")  # All but its description.
     if not is_alpacas and not request.path.startswith("/api/"):
         return
     claim_database()
@@ -487,6 +490,7 @@ def up_to_date(account: Account, key_hash: str) -> Account:
             with transaction(account.user_id):
                 locked(account.user_id, key_hash)
             is_settled = True
+    log_fills()
     return Account.with_key(key_hash) or account
 
 
@@ -494,22 +498,31 @@ def locked(user_id: int, key_hash: str, ticker: str = "", order_key: str = "") -
     """The account, locked, its open orders settled: whatever reads or changes one begins here."""
     account = Account.locked(user_id, key_hash, ticker, order_key)
     if account.orders:
-        show(account)
+        catch_up(account)
     return account
 
 
-def show(account: Account) -> None:
+def catch_up(account: Account) -> None:
     """Show its open orders all prices since they last saw some."""
-    moment = now()
-    if market.is_sample and not market.has_moved(account):
+    if market.is_sample and not market.has_moved(account):  # Live it would ask Yahoo, and the lock is held.
         return
-    log_fills(account.settle(market.since_settled(account, moment), market.day, COSTS, moment))
+    moment = now()
+    show(account, market.since_settled(account, moment), moment)
 
 
-def log_fills(trades: list[Trade]) -> list[Trade]:
-    for trade in trades:
-        app.logger.info("order %s is filled by %s", trade.order_id, trade)
+def show(account: Account, ticks: Iterable[Tick], moment: datetime) -> list[Trade]:
+    """Show `ticks` to its open orders; answers the trades that come of it."""
+    if not account.orders:
+        return []
+    trades = account.settle(ticks, market.day, COSTS, moment)
+    g.filled = [*g.get("filled", ()), *trades]
     return trades
+
+
+def log_fills() -> None:
+    """One line a fill, once it is committed."""
+    for trade in g.pop("filled", ()):
+        app.logger.info("order %s is filled by %s", trade.order_id, trade)
 
 
 @cache
@@ -564,8 +577,7 @@ def set_clock(clock: Clock) -> MarketAnswer:
     with transaction(g.user_id):
         account, moment = locked(g.user_id, g.key_hash), now()
         account.stop_clock(at and market.bar_at(at))
-        if account.orders:
-            log_fills(account.settle(market.landing(account, moment), market.day, COSTS, moment))
+        show(account, market.landing(account, moment), moment)
         return market_of(account)  # Read before it is committed: so it is safe to repeat.
 
 
@@ -584,16 +596,15 @@ def advance(step: Advance) -> AdvanceAnswer:
         if ticker not in market.series:
             raise no_such_ticker(ticker)
     with transaction(g.user_id):
-        account, moment = locked(g.user_id, g.key_hash), now()
+        account = locked(g.user_id, g.key_hash)
         clock = market.clock(account)
         if clock is None:
             raise Refused("clock_is_running", "Stop the clock first: PUT /api/v1/market/clock.")
-        bar, fills = market.bar_after(clock, step.bars), []
-        if account.orders:
-            fills = account.settle(market.bars_between(account, bar), market.day, COSTS, moment)
+        bar = market.bar_after(clock, step.bars)
+        fills = show(account, market.bars_between(account, bar), now())
         account.advance(bar)
         prices = {ticker: quote.price for ticker, quote in market.quotes(tickers, account).items()}
-        told = {"fills": [trade.to_dict() for trade in log_fills(fills)]}
+        told = {"fills": [trade.to_dict() for trade in fills]}
         told |= {"prices": prices} if step.tickers else {}
         return market_of(account) | told  # Read before it is committed: so it is safe to repeat.
 
@@ -621,12 +632,12 @@ def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
     if ticker not in market.series and not letting_go:
         raise no_such_ticker(ticker)
     with transaction(g.user_id):
-        account, moment = locked(g.user_id, g.key_hash), now()
+        account = locked(g.user_id, g.key_hash)
         if price is None and ticker not in account.pins:
             return market_of(account)  # Nothing is let go, and so it is no new price.
         account.pin(ticker, price)
-        if account.orders:
-            log_fills(account.settle(market.pinned(account, ticker, moment), market.day, COSTS, moment))
+        if account.orders:  # Until when they have seen the other prices does not change.
+            show(account, market.pinned(account, ticker, account.settled_at), account.settled_at)
         return market_of(account)  # Read before it is committed: so it is safe to repeat.
 
 
@@ -638,10 +649,10 @@ def drillable(route):
     """A `route` that books and fails the way `X-Simulate-Fault` asks, on the sample market alone."""
 
     @wraps(route)
-    def drilled(*asked):
+    def drilled(*asked, **more):
         fault = request.headers.get(FAULT)
         if fault is None:
-            return route(*asked)
+            return route(*asked, **more)
         fault = fault.lower()
         need_sample_market()
         if latency := re.fullmatch("latency=([0-9]{1,5})", fault):
@@ -657,7 +668,7 @@ def drillable(route):
             raise invalid([{"field": FAULT, "message": f"must be {faults} or latency=MILLISECONDS"}])
         if fault == "error_before_commit":
             sa.event.listen(db.session(), "before_commit", fail_where_booked)
-        answer = route(*asked)
+        answer = route(*asked, **more)
         if fault == "error_after_commit" and "tried" in g:
             raise Refused("outcome_unknown", "A drill: the answer to this trade was lost. Was it booked?")
         return answer
@@ -774,6 +785,7 @@ def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
         quote = quote_for(account, order.ticker, quote)
         booked = account.fill(order, quote, account.holding(order.ticker), COSTS)
         if options.dry_run:
+            g.pop("filled", None)
             return booked.to_dict() | REHEARSED
         account.book(booked, account.holding(order.ticker), order_key)
         g.tried = booked
@@ -789,7 +801,7 @@ def earlier_under_key(account: Account) -> Trade | PlacedOrder | None:
     ):  # An earlier try may have booked it in a run that is over.
         raise OutcomeUnknown
     if account.earlier_order:
-        return PlacedOrder.of(g.user_id, str(account.earlier_order))
+        return db.session.get(PlacedOrder, account.earlier_order)
     return account.earlier_trade and Trade.of(g.user_id, account.earlier_trade)
 
 
@@ -800,7 +812,7 @@ def quote_for(account: Account, ticker: str, quote: Quote | Refused) -> Quote | 
         return quote
     quote = market.look_up(ticker, account)
     if account.settled_at:
-        show(account)  # For the minute may have changed as well.
+        catch_up(account)  # For the minute may have changed as well.
     return quote
 
 
@@ -949,14 +961,14 @@ def replace(
 ) -> tuple[dict, dict]:
     """Replace an order, once under the key; what its face tells of the new one, and the answer's headers."""
     old = PlacedOrder.of(g.user_id, id)
-    ticker, id = old.ticker, str(old.id)
+    ticker, id, changed = old.ticker, str(old.id), changed.taken(old.action)
     quote = market.look_up(ticker, g.account)
 
     with transaction(g.user_id):
         account = locked(g.user_id, g.key_hash, ticker, order_key)
         if earlier := earlier_under_key(account):
             return replay(earlier, earlier.is_for(changed, id), tell)
-        order = open_order(account, id)
+        order = open_order(id)
         quote = quote_for(account, ticker, quote)
         day = market.day(ticker, market.time(account))
         own = {"idempotency_key": order_key, "asked": fingerprint(changed, id)}
@@ -967,8 +979,8 @@ def replace(
     return answer, {}
 
 
-def open_order(account: Account, id: str) -> PlacedOrder:
-    """The order of this locked account, if it is not closed."""
+def open_order(id: str) -> PlacedOrder:
+    """The order of your locked account, if it is not closed."""
     order = PlacedOrder.of(g.user_id, id)
     if not order.is_working:
         raise Refused("not_open", f"Order {id} is {order.status} already.", order_status=order.status)
@@ -987,7 +999,7 @@ def cancel(id: str | None = None) -> list[PlacedOrder]:
     """Cancel that open order of the account, or all of them."""
     with transaction(g.user_id):
         account = locked(g.user_id, g.key_hash)
-        orders = [open_order(account, id)] if id else [o for o in account.orders if o.is_working]
+        orders = [open_order(id)] if id else [o for o in account.orders if o.is_working]
         if orders:
             account.cancel(*orders)
     return orders
@@ -1005,7 +1017,13 @@ def cancel_orders() -> CanceledAnswer:
 @takes(query=OrderPage)
 def orders(page: OrderPage) -> OrdersAnswer:
     """Your orders of a run, newest first, a page at a time; those that are open, if you ask no others."""
-    chosen = page.model_dump(exclude={"limit"}) | {"run": page.run or g.account.run}
+    run = page.run or g.account.run
+    if page.cursor:
+        last = db.session.get(PlacedOrder, page.cursor)
+        if last is None or last.user_id != g.user_id:
+            raise invalid([{"field": "cursor", "message": "must be the `next_cursor` of a page of yours"}])
+        run = page.run or last.run  # The run that the first page was of, if a new one began since.
+    chosen = page.model_dump(exclude={"limit"}) | {"run": run}
     found = PlacedOrder.page(g.user_id, **chosen, limit=page.limit + 1)
     shown = found[: page.limit]
     return {
@@ -1162,12 +1180,6 @@ def close_account(user_id: int) -> ClosedAccount:
     return {"user_id": user_id, "closed": True}
 
 
-# For bots that were written for Alpaca: the same books in its words.
-
-app.extensions["broker"] = alpaca_face.Broker(market, place, replace, cancel, history)
-app.register_blueprint(alpaca_face.face, url_prefix=alpaca_face.PREFIX)
-
-
 @app.get("/")
 def dashboard() -> Annotated[Response, "text/html"]:
     """The dashboard: a page to look at an account and to trade by hand."""
@@ -1201,6 +1213,18 @@ app.register_blueprint(Blueprint("docs", "app", static_folder=swagger_ui, static
 def openapi_json() -> dict:
     """This API as an OpenAPI 3.1 document, made from the program itself."""
     return openapi.Document(app, VERSION, STATUS).document
+
+
+@app.get("/alpaca/openapi.json")
+@cache
+def alpaca_openapi_json() -> dict:
+    """What of Alpaca's API is served here, as an OpenAPI 3.1 document."""
+    return openapi.AlpacaDocument(app, VERSION, STATUS).document
+
+
+# For bots that were written for Alpaca: the same books in its words.
+app.extensions["broker"] = alpaca_face.Broker(market, drillable(place), replace, cancel, history)
+app.register_blueprint(alpaca_face.face, url_prefix=alpaca_face.PREFIX)
 
 
 @app.get("/health")
@@ -1342,11 +1366,17 @@ def audit_all():
 def settle_all():
     """Show the open orders of every account the prices of now: for a scheduler, as nothing else looks."""
     claim_database()
-    for user in (found := User.with_open_orders()):
-        account = Account.with_key(user.api_key_hash)
-        if account and account.settled_at:  # It may have ended them, or got a new key, meanwhile.
-            up_to_date(account, user.api_key_hash)
-    click.echo(f"The open orders of {len(found)} accounts have seen the prices of now.")
+    failures, found = 0, User.with_open_orders()
+    for user in found:
+        try:
+            account = Account.with_key(user.api_key_hash)
+            if account and account.settled_at:  # It may have ended them, or got a new key, meanwhile.
+                up_to_date(account, user.api_key_hash)
+        except (Refused, DBAPIError, sa.exc.TimeoutError) as error:  # The others are looked at all the same.
+            failures += 1
+            click.echo(f"User {user.id}: {type(error).__name__}; at the next look, then.", err=True)
+    click.echo(f"The open orders of {len(found) - failures} accounts have seen the prices of now.")
+    sys.exit(1 if failures else 0)
 
 
 @app.cli.command("record")

@@ -434,7 +434,7 @@ class NewOrder(Sized):
 class ChangedOrder(Asked):
     """What is to be different."""
 
-    quantity: OrderAmount | None = None
+    quantity: Annotated[Decimal, BeforeValidator(checked_decimal), number_below(ORDER_LIMIT)] | None = None
     limit_price: OrderAmount | None = None
     stop_price: OrderAmount | None = None
 
@@ -443,6 +443,16 @@ class ChangedOrder(Asked):
         if not self.model_dump(exclude_none=True):
             raise ValueError("give a quantity, limit_price or stop_price")
         return self
+
+    def taken(self, action: Action) -> "ChangedOrder":
+        """As it is taken: a purchase must not come to more than was asked. `Refused` if that is nothing."""
+        if self.quantity is None:
+            return self
+        try:
+            rounding = ROUND_FLOOR if action == "buy" else ROUND_HALF_EVEN
+            return self.model_copy(update={"quantity": checked_amount(self.quantity, rounding)})
+        except ValueError as error:
+            raise invalid([{"field": "quantity", "message": str(error)}]) from None
 
 
 class TradeOptions(Asked):

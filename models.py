@@ -494,7 +494,7 @@ class Quote(db.Model):
     def after(cls, numbers: dict[str, int]) -> Sequence["Quote"]:
         """The quotes of each ticker that were published after the one of that number, the oldest first."""
         newer = [(cls.ticker == ticker) & (cls.number > number) for ticker, number in numbers.items()]
-        quotes = sa.select(cls).where(sa.or_(sa.false(), *newer))
+        quotes = sa.select(cls).where(sa.or_(sa.false(), *newer), cls.currency == "USD")
         return db.session.scalars(quotes.order_by(cls.timestamp, cls.ticker, cls.number)).all()
 
     @classmethod
@@ -744,7 +744,7 @@ class Account(db.Model):
     `run` counts how often the account has started over; `starting_cash` is what this run began with.
     Of its sample market, `market_clock` is where the clock stands, if it was stopped, and `pin_changes` is
     how many rows it has in `ibkr_pins`: whether a pin has moved is seen without reading them. `settled_at` is
-    until when prices have been shown to its open orders, and NULL where it has none.
+    NULL where it has no open orders; else, while its clock runs, until when these have seen the prices.
     """
 
     __tablename__ = "ibkr_balances"
@@ -933,7 +933,7 @@ class Account(db.Model):
         """
         order, brought = self.written(wanted, usable(quote, wanted.action), costs, day, old, own)
         holding = self.holding(order.ticker)
-        passed = Passed(quote.market_time, *[quote.price] * 3, quote.source)
+        passed = Passed.at(quote.market_time, quote.price, quote.source)
         for candidate in (order, *brought):
             if candidate.status == "open" and order.status == "open":
                 self.fill_at_once(candidate, passed, quote, holding, costs)
@@ -949,7 +949,7 @@ class Account(db.Model):
                 limit=Decimal(ORDERS_LIMIT),
             )
         # A quote can be older than what the others have seen: that of a ticker which the market has no more.
-        self.are_settled(self.settled_at or quote.timestamp)
+        self.are_settled(self.settled_at or (quote.timestamp if quote.valid_until else now()))
         return order
 
     def written(
@@ -1013,7 +1013,7 @@ class Account(db.Model):
             trade = self.exchange(order.action, order.quantity, price, quote, holding, costs)
         finally:
             self.orders = orders
-        trade.order_id = order.id
+        trade.order_id, trade.order_type = order.id, "limit" if order.is_limit else "market"
         self.book(trade, holding, f"order {uuid4()}")
         order.trade_id, order.price = trade.id, price
         order.close("filled", orders)
@@ -1189,7 +1189,8 @@ class Account(db.Model):
 
     @classmethod
     def with_holdings(cls, user_id: int, key_hash: str) -> tuple["Account", list[sa.Row]]:
-        """The account and its holdings by ticker, of one moment, unlocked: one statement reads both.
+        """The account and its holdings by ticker, of one moment, unlocked: one statement reads both, if no
+        order is open.
 
         A mapped object for each of a thousand holdings would take six times as long as its row does.
         `Refused` if the account's API key is no longer the one with this hash.

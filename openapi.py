@@ -26,6 +26,7 @@ TAGS = {
     "/api/v1/account": "results",
     "/api/v1/market": "sample market",
     "/api/v1/users": "accounts (admin)",
+    "/alpaca/": "as Alpaca's clients know it",
     "/": "server",
 }
 REQUEST_HEADERS = {
@@ -78,7 +79,7 @@ class Document:
     def __init__(self, app: Flask, version: str, status_of: dict[str, int]):
         self.status_of, self.schemas, self.paths = status_of, {}, defaultdict(dict)
         for rule in app.url_map.iter_rules():
-            if not rule.endpoint.endswith("static") and not rule.endpoint.startswith("alpaca."):
+            if not rule.endpoint.endswith("static") and self.describes(rule):
                 path = re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule)
                 for method in rule.methods - {"HEAD", "OPTIONS"}:
                     self.paths[path][method.lower()] = self.operation(rule, app.view_functions[rule.endpoint])
@@ -98,6 +99,9 @@ class Document:
             "paths": self.paths,
             "components": {"schemas": self.schemas, "headers": told, "securitySchemes": security},
         }
+
+    def describes(self, rule: Rule) -> bool:
+        return not rule.endpoint.startswith("alpaca.")
 
     def operation(self, rule: Rule, route) -> dict:
         """One route with one method."""
@@ -184,6 +188,32 @@ class Document:
             codes = [code for code in self.status_of if self.status_of[code] == status]
             own = {"status": {"type": "integer", "const": status}, "code": {"type": "string", "enum": codes}}
             self.schemas[f"Problem{status}"] = whole | {"properties": whole["properties"] | own}
+
+
+class AlpacaDocument(Document):
+    """The face that Alpaca's clients know: what is served and what it takes.
+
+    What is answered has the shape that Alpaca's own description gives it.
+    """
+
+    def __init__(self, *about):
+        super().__init__(*about)
+        for path, methods in self.paths.items():  # One function may serve several.
+            for method, operation in methods.items():
+                operation["operationId"] = re.sub(r"\W+", "_", method + path).strip("_")
+
+    def describes(self, rule: Rule) -> bool:
+        return rule.endpoint.startswith("alpaca.")
+
+    def successes(self, route) -> dict[str, dict]:
+        return {"2XX": {"description": "As Alpaca describes it", "headers": {}}}
+
+    def refusals(self, rule: Rule, route, takes: dict) -> dict[str, dict]:
+        """Alpaca's errors have one shape; `problem` is the code that the other face would give."""
+        shape = {"code": {"type": "integer"}, "message": {"type": "string"}, "problem": {"type": "string"}}
+        schema = {"type": "object", "properties": shape, "required": list(shape)}
+        content = {"application/json": {"schema": schema}}
+        return {"default": {"description": "Why not", "headers": {}, "content": content}}
 
 
 def map_values(function, members: dict) -> dict:

@@ -67,6 +67,11 @@ class Passed(NamedTuple):
     number: int | None = None
     only_for_sales: bool = False
 
+    @classmethod
+    def at(cls, market_time: datetime, price: Decimal, source: str, *more) -> "Passed":
+        """One price alone."""
+        return cls(market_time, price, price, price, source, *more)
+
 
 Tick = tuple[datetime, dict[str, Passed]]
 """A moment of the market, and what each ticker cost that had a price in it."""
@@ -204,6 +209,14 @@ class PlacedOrder(db.Model):
         return self.order_type == "limit" or self.is_triggered
 
     @property
+    def trails(self) -> bool:
+        return self.order_type == "trailing_stop" and not self.is_triggered
+
+    @property
+    def sign(self) -> int:
+        return 1 if self.action == "buy" else -1
+
+    @property
     def limit(self) -> Decimal | None:
         """The worst price that it takes: its own limit, or for a stop that buys a cap that is not shown."""
         if self.limit_price is None and self.action == "buy":
@@ -271,7 +284,7 @@ class PlacedOrder(db.Model):
         own = (self.id, self.run, self.ticker, self.action, self.quantity, self.price)
         if own != (trade.order_id, trade.run, trade.ticker, trade.trade_type, trade.quantity, trade.price):
             return False
-        sign = 1 if self.action == "buy" else -1
+        sign = self.sign
         limit = self.limit_price if self.order_type != "trailing_stop" else None
         if limit is not None and sign * (trade.price - limit) > 0:
             return False
@@ -415,7 +428,7 @@ def settle(
     """Show `ticks` to the working `orders` of an account, and yield each that is due and can be filled.
 
     With it comes the price that makes it due, in dollars. Whoever takes it closes it at once, filled or
-    canceled. Steps come in the order of time, and within one orders are judged in the order of their ids;
+    canceled. Ticks come in the order of time, and within one orders are judged in the order of their ids;
     one that goes live, or has been jumped over, is judged from the next step on.
     """
     calm = None
@@ -434,7 +447,7 @@ def settle(
         }
         if not ended and not moved:
             continue
-        calm = None
+        calm, jumped = None, []
         for order in [order for order in orders if order.status == "open" and order.ticker in moved]:
             if order.status != "open":
                 continue  # Its pair was filled a moment ago.
@@ -444,14 +457,16 @@ def settle(
                 continue
             market_price = order.due_price(passed)
             if market_price is None:
-                if order.order_type == "trailing_stop" and not order.is_triggered:
+                if order.trails:
                     order.trail(passed.low if order.action == "buy" else passed.high)
             elif order.is_jumped_over(market_price):
-                order.is_triggered = True
+                jumped.append(order)
             else:
                 pair = order.pair_among(orders)
                 if not (pair and pair.can_fill(passed) and pair.goes_before(order, passed)):
                     yield order, passed, market_price
+        for order in jumped:  # Afterwards, so that its pair is judged by what it was in this tick.
+            order.is_triggered = order.status == "open"
 
 
 def calm_prices(orders: list[PlacedOrder]) -> list[tuple[str, Decimal, Decimal]]:
@@ -464,8 +479,11 @@ def calm_prices(orders: list[PlacedOrder]) -> list[tuple[str, Decimal, Decimal]]
         if order.status != "open":
             continue
         floor, ceiling = (order.own_price, any_price) if order.waits_for_a_fall else (none, order.own_price)
-        trails = order.order_type == "trailing_stop" and not order.is_triggered
-        if trails or order.quote_number is not None:  # What every price may move, or is noted down by.
+        if order.trails:
+            reach = Decimal(1) if order.trail_amount else 1 + order.sign * order.trail_percent / HUNDRED
+            best = (order.stop_price + order.sign * (UNIT - (order.trail_amount or 0))) / reach
+            floor, ceiling = (best, ceiling) if order.action == "buy" else (floor, best)
+        if order.quote_number is not None:  # Every quote is noted down.
             floor = any_price
         others = calm.get(order.ticker, (none, any_price))
         calm[order.ticker] = max(floor, others[0]), min(ceiling, others[1])

@@ -410,35 +410,32 @@ class LiveMarket:
 
     def has_moved(self, account: Account) -> bool:
         """Whether there are prices that its open orders have not seen; asks for those that ran out."""
-        moment, seen = now(), {}
+        moment, seen, ended = now(), {}, False
         with snapshot():
             orders = PlacedOrder.working(account.user_id)
         for order in orders:
-            if order.time_in_force == "day" and self.day(order.ticker, moment) != order.day:
-                return True
+            ended |= order.time_in_force == "day" and self.day(order.ticker, moment) != order.day
             if order.status == "open":
                 seen[order.ticker] = order.quote_number
-        return any(quote.number > seen[t] for t, quote in self.quotes(list(seen)).items())
+        self.quotes(list(seen))  # Which publishes those that are new.
+        with snapshot():
+            return ended or bool(Quote.after(seen))
 
     def since_settled(self, account: Account, moment: datetime) -> list[Tick]:
         """Each quote that was published since the account's open orders saw one, in the order of time."""
         seen = {order.ticker: order.quote_number for order in account.orders if order.status == "open"}
+        # A price that is published once more has its old time; none that is new to them is older than they.
+        placed = max(order.placed_at for order in account.orders)
         quotes = [
-            (quote.timestamp, {quote.ticker: self.passed_at(quote)})
+            (max(quote.timestamp, placed), {quote.ticker: self.passed_at(quote)})
             for quote in Quote.after(seen)
-            if quote.currency == "USD"
         ]
         return [*quotes, (moment, {})]  # By which a day may have ended.
 
     @staticmethod
     def passed_at(quote: Quote) -> Passed:
-        return Passed(
-            quote.market_time or quote.timestamp,
-            *[quote.price] * 3,
-            quote.source,
-            quote.number,
-            only_for_sales=quote.stale,
-        )
+        seen = quote.market_time or quote.timestamp
+        return Passed.at(seen, quote.price, quote.source, quote.number, quote.stale)
 
     def day(self, ticker: str, moment: datetime) -> date:
         """The day of trading in `ticker`: a coin's is UTC's, a share's ends at 16:00 in New York."""
@@ -449,8 +446,8 @@ class LiveMarket:
         return day + timedelta(days=weekend.get(day.weekday(), 0))
 
     def has_asked(self, trade: sa.Row, pins=()) -> bool:
-        """Whether a quote of that price was ever published."""
-        return Quote.was_published(trade.ticker, trade.market_price)
+        """Whether a quote of that price was ever published; of recorded prices nothing is known here."""
+        return trade.price_source == "sample" or Quote.was_published(trade.ticker, trade.market_price)
 
     def replay(self, past: Past, end: datetime, market_time: datetime) -> Iterator[Step]:
         """The trades of a run, and the last published quote of each day (UTC) on which there was one.
@@ -893,7 +890,7 @@ def since_last_jump(past: Past) -> Sequence[sa.Row]:
     return stretches[max(first, 0) :]
 
 
-def at_the_bar(bar: Step, trades: list[sa.Row]) -> list[Tick]:
+def at_the_bar(bar: Step, trades: list[sa.Row]) -> list[Step]:
     """A bar and the trades made there: first those within it, which had another price than its close."""
     within = len(list(takewhile(lambda trade: trade.market_price != bar.prices[trade.ticker], trades)))
     return [Step(bar.timestamp, bar.prices, trade) for trade in (*trades[:within], None, *trades[within:])]
@@ -969,29 +966,28 @@ class SampleMarket:
 
     def passed_in(self, ticker: str, bar: datetime, pin: Decimal | None) -> Passed | None:
         if pin:
-            return Passed(bar, pin, pin, pin, self.name)
-        row = self.row(ticker, bar)
-        return row and row.timestamp == bar and Passed(bar, row.open, row.high, row.low, self.name) or None
+            return Passed.at(bar, pin, self.name)
+        row = self.row_at(ticker, bar)
+        return row and Passed(bar, row.open, row.high, row.low, self.name)
 
     def landing(self, account: Account, moment: datetime) -> list[Tick]:
         """The bar to which the clock has jumped: one price for each ticker, its close or what is pinned."""
         bar, pins, passed = self.clock(account) or self.bar_shown(moment), account.pins, {}
         for ticker in {order.ticker for order in account.orders}:
-            row = self.row(ticker, bar)
-            price = pins.get(ticker) or (row and row.timestamp == bar and row.close)
-            if price:
-                passed[ticker] = Passed(bar, price, price, price, self.name)
+            row = self.row_at(ticker, bar)
+            if price := pins.get(ticker) or (row and row.close):
+                passed[ticker] = Passed.at(bar, price, self.name)
         return [(bar, passed)]
 
     def pinned(self, account: Account, ticker: str, moment: datetime) -> list[Tick]:
         """The one price that a ticker has from now on, as it was pinned or let go."""
         bar = self.clock(account) or self.bar_shown(moment)
         price = account.pins.get(ticker) or self.price(ticker, bar)
-        return [(bar, {ticker: Passed(bar, price, price, price, self.name)})] if price else []
+        return [(bar, {ticker: Passed.at(bar, price, self.name)})] if price else []
 
     def has_asked(self, trade: sa.Row, pins: Sequence[sa.Row]) -> bool:
         """Whether a ticker cost what a trade says in its bar, or was pinned so, as far as the file knows."""
-        row = self.row(trade.ticker, trade.market_time)
+        row = self.row(trade.ticker, trade.market_time) if trade.price_source == self.name else None
         low, high = (row.low, row.high) if row else (0, ORDER_LIMIT)
         if row and row.timestamp < trade.market_time:
             low = high = row.close
@@ -1123,6 +1119,11 @@ class SampleMarket:
         bars = self.series.get(ticker, [])
         past = bisect_right(bars, bar, key=itemgetter(0))
         return bars[past - 1] if past else None
+
+    def row_at(self, ticker: str, bar: datetime) -> Bar | None:
+        """The row of `ticker` at `bar` itself."""
+        row = self.row(ticker, bar)
+        return row if row and row.timestamp == bar else None
 
     def price(self, ticker: str, bar: datetime) -> Decimal | None:
         """What `ticker` cost last at `bar`, in dollars."""

@@ -41,10 +41,11 @@ EXPOSED = (
     "Idempotent-Replayed, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, Retry-After, X-Request-Id",
 )
 ALLOWED = [
-    ("Access-Control-Allow-Methods", "GET, POST, PUT, DELETE"),
+    ("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE"),
     (
         "Access-Control-Allow-Headers",
-        "Authorization, Content-Type, Idempotency-Key, X-Request-Id, X-Simulate-Fault",
+        "Authorization, Content-Type, Idempotency-Key, X-Request-Id, X-Simulate-Fault, "
+        "APCA-API-KEY-ID, APCA-API-SECRET-KEY",
     ),
     ("Access-Control-Max-Age", "600"),
 ]

@@ -1229,3 +1229,21 @@ def test_the_example_bots_do_what_they_say(carla, bot):
     said = run_example(carla, ROOT / "examples" / bot)
     assert "AAPL" in carla.holdings
     assert said
+
+
+def test_a_drill_fails_an_order_of_this_face_as_well(alice):
+    order = {"symbol": "IBM", "qty": "1", "side": "buy", "type": "market", "client_order_id": "drilled"}
+    after = ask(alice, "POST", "/v2/orders", json=order, headers={"X-Simulate-Fault": "error_after_commit"})
+    assert (after.status_code, after.json()["problem"]) == (504, "outcome_unknown")
+    again = ask(alice, "POST", "/v2/orders", json=order)
+    assert (again.status_code, again.json()["status"]) == (200, "filled")
+    assert len(alice.trades) == 1
+    before = ask(
+        alice,
+        "POST",
+        "/v2/orders",
+        json=order | {"client_order_id": "another"},
+        headers={"X-Simulate-Fault": "error_before_commit"},
+    )
+    assert before.json()["problem"] == "database_unavailable"
+    assert len(alice.trades) == 1

@@ -402,7 +402,7 @@ def test_a_transaction_that_is_always_given_up_ends_as_unavailable(carol, giving
     response = carol.order("buy", 3, "AAPL")
     assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
     assert response.elapsed.total_seconds() < 8
-    assert carol.books == (100000, {}, [])
+    assert (carol.cash, carol.holdings, carol.trades) == (100000, {}, [])
 
 
 def test_a_lock_held_elsewhere_is_waited_for_and_then_refused_not_failed(broken, carol):

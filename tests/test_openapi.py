@@ -64,6 +64,22 @@ def test_every_code_is_described_with_its_status(app, description):
         assert code in description["components"]["schemas"][f"Problem{status}"]["properties"]["code"]["enum"]
 
 
+def test_the_face_for_alpacas_clients_is_described_beside_it(server, app):
+    answer = requests.get(f"{server.url}/alpaca/openapi.json", timeout=30)
+    told = answer.json()
+    validate(told)
+    served = {
+        re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule)
+        for rule in app.app.url_map.iter_rules()
+        if rule.endpoint.startswith("alpaca.")
+    }
+    assert set(told["paths"]) == served > {"/alpaca/v2/orders", "/alpaca/v2/account"}
+    order = told["paths"]["/alpaca/v2/orders"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"symbol", "side", "client_order_id"} < set(
+        told["components"]["schemas"][order["$ref"].split("/")[-1]]["properties"]
+    )
+
+
 def test_each_route_tells_its_own_refusals(description):
     """As read off the program: through functions, methods, exception handlers and the guard."""
     trade = description["paths"]["/api/v1/trade"]["post"]
@@ -87,7 +103,7 @@ def test_each_route_tells_its_own_refusals(description):
 def test_every_route_answers_as_described(description, alice, server):
     """Each success that is described is heard here, and the refusals that a trader can bring about."""
     admin = Trader(server, "", ADMIN, 0)
-    for path in ("/", "/docs", "/openapi.json", "/health"):
+    for path in ("/", "/docs", "/openapi.json", "/alpaca/openapi.json", "/health"):
         alice.ask("GET", path)
     alice.ask("PUT", "/api/v1/market/clock", json={"at": None})
     alice.ask("POST", "/api/v1/market/advance")
@@ -179,7 +195,7 @@ expected-statuses = [200, 201, 401, 403, 404, 409, 422]
 # too many, bars finer than recorded.
 [[operations]]
 include-name = [
-  "GET /api/v1/trades", "GET /api/v1/prices", "PUT /api/v1/market/clock", "POST /api/v1/trade",
+  "GET /api/v1/trades", "GET /api/v1/orders", "GET /api/v1/prices", "PUT /api/v1/market/clock", "POST /api/v1/trade",
   "GET /api/v1/bars/{ticker}", "POST /api/v1/orders", "PATCH /api/v1/orders/{id}",
 ]
 [operations.checks.positive_data_acceptance]

@@ -99,6 +99,27 @@ def test_of_two_that_cancel_each_other_the_open_decides_or_else_the_stop(prices,
     assert {gain.status, loss.status} == {"filled", "canceled"}
 
 
+@pytest.mark.parametrize("ids", [(1, 2), (2, 1)])
+def test_a_stop_that_is_jumped_over_leaves_the_bar_to_its_pair_whichever_came_first(ids):
+    gain = resting("sell", "limit", id=ids[0], limit_price=110)
+    loss = resting("sell", "stop_limit", id=ids[1], stop_price=95, limit_price="94.9")
+    gain.parent_id = loss.parent_id = 9
+    orders = sorted([gain, loss], key=lambda order: order.id)
+    assert shown(orders, bar(90, 115, 90)) == [(gain.id, 110)]
+
+
+def test_a_trailing_stop_moves_wherever_a_bar_is_better_by_a_hair_than_the_best_before():
+    for action, best, better in (("sell", 100, "100.00000003"), ("buy", 100, "99.99999997")):
+        for trail in ({"trail_percent": 10}, {"trail_amount": 10}):
+            order = resting(action, "trailing_stop", **trail)
+            order.trail(Decimal(best))
+            stop = order.stop_price
+            assert shown([order], bar(best, best, best)) == []
+            assert order.stop_price == stop
+            assert shown([order], bar(best, max(best, Decimal(better)), min(best, Decimal(better)))) == []
+            assert order.stop_price != stop
+
+
 def test_what_a_purchase_brought_goes_live_with_its_fill_and_sees_the_next_bar_first():
     entry = resting("buy", "limit", id=1, limit_price=95)
     loss = resting("sell", "stop", id=2, stop_price=90)
@@ -295,6 +316,23 @@ def test_an_exit_that_stands_alone_can_be_replaced_while_it_is_held(carol, legs)
     assert carol.replaces(leg, **{price: wrong})["code"] == "invalid_request"
     new = carol.replaces(leg, **{price: wanted})
     assert (new["status"], new["parent_id"], new[price]) == ("held", entry["id"], wanted)
+
+
+def test_a_changed_quantity_is_rounded_as_a_new_one_is(carol):
+    order = carol.places("buy", 1, "XYZ", "limit", limit_price=90)
+    order = carol.replaces(order, quantity="1.999999999")
+    assert order["quantity"] == Decimal("1.99999999")
+    before = carol.books
+    assert carol.replaces(order, quantity="0.000000009")["code"] == "invalid_request"
+    assert carol.books == before
+
+
+def test_a_page_of_a_run_goes_on_after_a_reset(carol):
+    placed = [carol.places("buy", 1, "XYZ", "limit", limit_price=9)["id"] for _ in range(3)]
+    page = carol.get("/api/v1/orders", status="all", limit=2)
+    carol.ask("POST", "/api/v1/account/reset")
+    rest = carol.get("/api/v1/orders", status="all", limit=2, cursor=page["next_cursor"])
+    assert [order["id"] for order in rest["orders"]] == placed[:1]
 
 
 def test_two_exits_cannot_be_put_upside_down(carol):

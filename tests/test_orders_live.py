@@ -111,6 +111,35 @@ def test_each_price_is_shown_once(alice, yahoo, ticker):
     assert alice.finds(order)["stop_price"] == 108
 
 
+def test_a_price_that_is_said_once_more_ends_no_day(alice, yahoo, ticker, live_database):
+    """Of a ticker that goes bad the last price is published again, with the time that it had."""
+    other = f"{ticker}Z"
+    yahoo.yahoo(ticker, "100")
+    yahoo.yahoo(other, "50")
+    alice.places("buy", 1, other, "limit", limit_price=40)
+    alice.places("buy", 1, ticker, "limit", limit_price=1)
+    live_database.run(
+        "UPDATE ibkr_quotes SET timestamp = '2024-03-08 20:00:00.000000' WHERE ticker = :t", t=other
+    )
+    day = alice.places("buy", 1, ticker, "limit", limit_price=90, time_in_force="day")
+    later()
+    yahoo.yahoo(other, "null")
+    assert alice.finds(day)["status"] == "open"
+    assert alice.get(f"/api/v1/price/{other}")["stale"]
+    assert alice.finds(day)["status"] == "open"
+
+
+def test_a_published_price_counts_while_its_source_is_gone(alice, bob, yahoo, ticker):
+    yahoo.yahoo(ticker, "100")
+    order = alice.places("buy", 1, ticker, "limit", limit_price=90)
+    later()
+    yahoo.yahoo(ticker, "89")
+    bob.get(f"/api/v1/price/{ticker}")
+    later()
+    yahoo.yahoo(ticker, status=503)
+    assert alice.finds(order)["status"] == "filled"
+
+
 def test_where_nobody_looks_the_scheduler_does(alice, yahoo, ticker, program, live_database):
     yahoo.yahoo(ticker, "100")
     order = alice.places("buy", 1, ticker, "stop", stop_price=110)
