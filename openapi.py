@@ -205,6 +205,11 @@ class AlpacaDocument(Document):
     def describes(self, rule: Rule) -> bool:
         return rule.endpoint.startswith("alpaca.")
 
+    def fields_of(self, model: type[BaseModel] | None) -> dict[str, dict]:
+        """Without defaults, which are there as what they are read into."""
+        told = super().fields_of(model)
+        return {field: {n: v for n, v in told[field].items() if n != "default"} for field in told}
+
     def successes(self, route) -> dict[str, dict]:
         return {"2XX": {"description": "As Alpaca describes it", "headers": {}}}
 

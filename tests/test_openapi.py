@@ -195,8 +195,8 @@ expected-statuses = [200, 201, 401, 403, 404, 409, 422]
 # too many, bars finer than recorded.
 [[operations]]
 include-name = [
-  "GET /api/v1/trades", "GET /api/v1/orders", "GET /api/v1/prices", "PUT /api/v1/market/clock", "POST /api/v1/trade",
-  "GET /api/v1/bars/{ticker}", "POST /api/v1/orders", "PATCH /api/v1/orders/{id}",
+  "GET /api/v1/trades", "GET /api/v1/orders", "GET /api/v1/prices", "PUT /api/v1/market/clock",
+  "POST /api/v1/trade", "GET /api/v1/bars/{ticker}", "POST /api/v1/orders", "PATCH /api/v1/orders/{id}",
 ]
 [operations.checks.positive_data_acceptance]
 expected-statuses = [200, 201, 400, 401, 403, 404, 409, 422]
