@@ -338,6 +338,25 @@ def test_an_account_that_ends_its_orders_while_others_are_settled_is_no_fault(ne
     database.engine.dispose()
 
 
+def test_an_account_that_is_busy_keeps_no_other_from_being_settled(new_database_on):
+    """PostgreSQL locks accounts one by one; who waits for one too long is told, and the next one follows."""
+    database = new_database_on("postgresql").migrate()
+    with Server(database.url, workers=1) as server:
+        busy, idle = (server.trader(name=name).sees("AAPL", at=100) for name in ("alice", "bob"))
+        for trader in (busy, idle):
+            trader.rests("buy", 1, "IBM", limit_price=1, time_in_force="day")
+            long_unseen(database, trader)
+    with database.engine.connect() as elsewhere:
+        elsewhere.exec_driver_sql(f"SELECT * FROM ibkr_balances WHERE user_id = {busy.user_id} FOR UPDATE")
+        done = flask("settle", DATABASE_URL=database.url, PRICE_SOURCES="sample")
+    assert done.returncode == 1
+    assert f"User {busy.user_id}: OperationalError" in done.stderr
+    assert "The open orders of 1 accounts" in done.stdout
+    states = dict(database.run("SELECT user_id, status FROM ibkr_orders"))
+    assert states == {busy.user_id: "open", idle.user_id: "expired"}
+    database.engine.dispose()
+
+
 def test_orders_that_race_a_new_run_belong_to_one_run_or_the_other(alice):
     alice.sees("AAPL", at=10)
 
