@@ -139,3 +139,9 @@ def test_the_first_lines_of_curl_can_be_pasted_one_by_one(program):
 
 def test_the_readme_is_read_in_one_sitting():
     assert len(README.splitlines()) < 150
+
+
+def test_contributors_are_told_the_two_commands_of_the_readme():
+    commands = re.findall(r"^python3 -m venv .+$", README, re.M)
+    assert len(commands) == 2
+    assert re.findall(r"^python3 -m venv .+$", (ROOT / "CONTRIBUTING.md").read_text(), re.M) == commands
