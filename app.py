@@ -128,7 +128,7 @@ from pricing import (
     no_such_ticker,
     yahoo_is_reachable,
 )
-from recorded import FIELDS, BadFile, ticker_from
+from recorded import ONE, BadFile, Bar, ticker_from, written
 from results import AuditAnswer, Books, HistoryAnswer
 from settings import read_settings
 
@@ -1442,7 +1442,10 @@ def settle_all():
 @click.option("--period", default="1y", show_default=True, help="1mo, 6mo, 1y, 5y, max, ...")
 @click.option("--output", type=click.File("w", lazy=True), required=True, help="The CSV file to write.")
 def record(tickers: tuple[str, ...], period: str, output):
-    """Record daily bars of TICKERS from Yahoo, for SAMPLE_MARKET to replay."""
+    """Record daily bars of TICKERS from Yahoo, for SAMPLE_MARKET to replay, with their splits and dividends.
+
+    Prices are those of the day, as they were before any later split.
+    """
     yahoo, rows, warnings = Yahoo(YAHOO_FOLDER), {}, []
     with click.progressbar(tickers, label="Recording", item_show_func=str) as bar:
         for text in bar:
@@ -1455,10 +1458,12 @@ def record(tickers: tuple[str, ...], period: str, output):
             if odd:
                 warnings.append(f"{ticker}: left out {odd} days whose close is 0 to 8 decimals, or no price.")
             for day, bar_of_day in days.items():
-                numbers = ["" if number is None else plain(number) for number in bar_of_day]
-                rows[f"{day}T00:00:00Z", ticker] = numbers
+                *numbers, dividend, split = bar_of_day
+                row = ["" if number is None else plain(number) for number in numbers]
+                row += [plain(dividend) if dividend else "", written(split) if split != ONE else ""]
+                rows[f"{day}T00:00:00Z", ticker] = row
     writer = csv.writer(output, lineterminator="\n")
-    writer.writerow(["timestamp", "ticker", *FIELDS])
+    writer.writerow(["timestamp", "ticker", *Bar._fields[1:]])
     writer.writerows([*when_and_what, *numbers] for when_and_what, numbers in sorted(rows.items()))
     for warning in warnings:
         click.echo(warning, err=True)

@@ -12,17 +12,18 @@ import re
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise, takewhile
 from math import ceil, prod
-from operator import attrgetter, itemgetter
+from operator import attrgetter, itemgetter, mul
 from pathlib import Path
 from urllib.parse import quote as escaped
 from zoneinfo import ZoneInfo
@@ -46,7 +47,7 @@ from messages import (
 )
 from models import Account, Quote, Trade, bad_price
 from orders import Passed, PlacedOrder, Tick
-from recorded import EPOCH, FIELDS, VOLUME_LIMIT, Bar, read
+from recorded import EPOCH, FIELDS, ONE, TERM_LIMIT, VOLUME_LIMIT, ZERO, Bar, is_ratio, read
 from results import Past, Step
 
 log = logging.getLogger(__name__)
@@ -674,26 +675,40 @@ class Yahoo(Source):
         except (KeyError, TypeError, AttributeError):
             raise BadAnswer("its answer has no price") from None
 
-    def daily_bars(self, ticker: str, period: str) -> tuple[dict[date, list[Decimal | None]], int]:
+    def daily_bars(self, ticker: str, period: str) -> tuple[dict[date, list], int]:
         """The days of a `period` such as `1y`, and how many are left out as their close is no price.
 
-        Each has its open, high, low and close in dollars (only the close is never None) and its volume. A
-        day is the exchange's own, and of two answers for one day the last counts.
+        Each has its open, high, low and close in dollars of that day (only the close is never None), its
+        volume, its dividend and its split. A day is the exchange's own, and of two answers for one day the
+        last counts. What happened on a day without a bar is the next one's.
         """
-        chart = self.chart(ticker, range=period, interval="1d")
+        chart = self.chart(ticker, range=period, interval="1d", events="div,split")
         try:
-            currency, bars, odd = chart["meta"]["currency"], {}, 0
+            currency, bars, odd, zone = chart["meta"]["currency"], {}, 0, zone_of(chart["meta"])
             if currency != "USD":
                 raise SourceFailed(f"{ticker} is quoted in {currency}, not in USD")
+            splits, dividends = events_of(ticker, chart)
+            splits = [(moment.astimezone(zone).date(), split) for moment, split in splits]
+            split_since = later_splits(splits)
             for moment, numbers in candles(chart):
+                numbers = as_traded(numbers, split_since(moment.date()))
                 if numbers[CLOSE] is None:
                     odd += 1
                 else:
-                    bars[moment.date()] = numbers
+                    bars[moment.date()] = [*numbers, ZERO, ONE]
         except STRANGE:
             raise SourceFailed("its answer has no prices") from None
         if not bars:
             raise SourceFailed("its answer has no prices")
+        days = sorted(bars)
+        for day, split in splits:
+            for following in days[bisect_left(days, day) :][:1]:
+                bars[following][SPLIT] *= split
+        for moment, dividend in dividends:
+            for following in days[bisect_left(days, moment.astimezone(zone).date()) :][:1]:
+                bars[following][DIVIDEND] += dividend
+        if not all(is_ratio(bar[SPLIT]) and bar[DIVIDEND] < ORDER_LIMIT for bar in bars.values()):
+            raise SourceFailed("its splits or dividends are too many")
         return bars, odd
 
     def bars(self, ticker: str, timeframe: str, days: int) -> list[Bar]:
@@ -851,7 +866,7 @@ def days_back(asked: BarOptions) -> int:
     return min(1 << max(back.days, 7).bit_length(), YAHOO_HAS.get(asked.timeframe, 36_000))
 
 
-CLOSE = FIELDS.index("close")
+CLOSE, DIVIDEND, SPLIT = (Bar._fields[1:].index(field) for field in ("close", "dividend", "split"))
 STRANGE = (LookupError, AttributeError, TypeError, ValueError, ArithmeticError)
 """What is raised over a chart that is not made as Yahoo makes them."""
 
@@ -872,9 +887,113 @@ def candles(chart: dict) -> Iterator[tuple[datetime, list[Decimal | None]]]:
             yield moment, [*map(price_meant, prices), rounded(volume) if is_volume else Decimal(0)]
 
 
+Splits = list[tuple[datetime, Fraction]]
+"""When each is in force (UTC), in that order, and how many new shares there are for an old one."""
+
+Dividends = list[tuple[datetime, Decimal]]
+"""From when on each is no longer bought with the share (UTC), in that order, and what is paid for one."""
+
+MOST_SPLITS = 100
+"""In one answer. No share has had as many, and exact ratios that are multiplied grow longer and longer."""
+
+
+def events_of(ticker: str, chart: dict) -> tuple[Splits, Dividends]:
+    """The splits and dividends in Yahoo's `chart` of a ticker, if it was asked for with `events=div,split`.
+
+    Yahoo divides what was paid, like all its prices, by the ratio of each split that came later; here it is
+    what a share of that day was paid, in the ticker's own currency, to 8 decimals. A split is an exact ratio
+    from 1:10000 to 10000:1. What cannot be one, or is yet to come, is left out, and the log says so. Of two
+    of one moment the last counts. Nothing is raised, whatever Yahoo says.
+    """
+    found, left_out = {"splits": {}, "dividends": {}}, Counter()
+    try:
+        events = chart.get("events") or {}
+        listed = [(kind, event) for kind in found for event in (events.get(kind) or {}).values()]
+    except AttributeError:
+        listed, left_out["events", "they are no events"] = [], 1
+    for kind, event in listed:
+        try:
+            found[kind][moment_of(event)] = ratio_of(event) if kind == "splits" else amount_of(event)
+        except ValueError as reason:
+            left_out[kind, str(reason)] += 1
+    splits, dividends = sorted(found["splits"].items()), []
+    if len(splits) > MOST_SPLITS:
+        found, splits, left_out["events", "no share has had so many splits"] = {"dividends": {}}, [], 1
+    split_since = later_splits(splits)
+    for moment, amount in sorted(found["dividends"].items()):
+        paid = to_decimal(amount * split_since(moment))
+        if 0 < paid < ORDER_LIMIT:
+            dividends.append((moment, paid))
+        else:
+            left_out["dividends", NO_DIVIDEND] += 1
+    for (kind, reason), count in left_out.items():
+        log.warning("%s: left out %d %s of %s: %s", Yahoo.name, count, kind, ticker, reason)
+    return splits, dividends
+
+
+NO_DIVIDEND = f"what it pays is not above 0 and below {ORDER_LIMIT}, to 8 decimals"
+
+
+def moment_of(event: dict) -> datetime:
+    """When an event of Yahoo's is in force: when its exchange opens."""
+    seconds = number_in(event, "date")
+    if not -(10**10) < seconds <= int(time.time()):  # Dividends are known from 1962 on.
+        raise ValueError("its date is no time, or yet to come")
+    return EPOCH + timedelta(seconds=int(seconds))
+
+
+def ratio_of(event: dict) -> Fraction:
+    new, old = number_in(event, "numerator"), number_in(event, "denominator")
+    # Compared and rounded before it is a fraction: that of 1e-999999999 would have a billion digits.
+    terms = [Fraction(rounded(term)) if 0 < term < TERM_LIMIT else 0 for term in (new, old)]
+    split = Fraction(*terms) if all(terms) else Fraction()
+    if not is_ratio(split) or split == ONE:
+        raise ValueError("its ratio is not from 1:10000 to 10000:1, or 1:1")
+    return split
+
+
+def amount_of(event: dict) -> Fraction:
+    amount = number_in(event, "amount")
+    if not 0 < amount < ORDER_LIMIT:
+        raise ValueError(NO_DIVIDEND)
+    return Fraction(round(amount, 16))
+
+
+def number_in(event: dict, member: str) -> Decimal:
+    number = event.get(member) if isinstance(event, dict) else None
+    if not isinstance(number, Decimal):
+        raise ValueError(f"it has no {member}, or one that is no number")
+    return number
+
+
+def later_splits(splits: list[tuple]) -> Callable[[datetime | date], Fraction]:
+    """Says of a moment how many shares one of then has become by all `splits` that came later."""
+    moments = [moment for moment, _ in splits]
+    ratios = list(accumulate((ratio for _, ratio in reversed(splits)), mul, initial=ONE))
+    return lambda moment: ratios[len(moments) - bisect_right(moments, moment)]
+
+
+def as_traded(numbers: list[Decimal | None], split: Fraction) -> list[Decimal | None]:
+    """A candle as it was before that `split`, for which Yahoo has adjusted it: its prices are higher by the
+    ratio, its volume is less. What the books cannot have then is None, or 0.
+    """
+    if split == ONE:
+        return numbers
+    *prices, volume = numbers
+    prices = [price and to_decimal(Fraction(price) * split) for price in prices]
+    volume = to_decimal(Fraction(volume) / split)
+    prices = [price if price and 0 < price < ORDER_LIMIT else None for price in prices]
+    return [*prices, volume if volume < VOLUME_LIMIT else ZERO]
+
+
+def to_decimal(amount: Fraction) -> Decimal:
+    """`amount` to 8 decimals, half-even."""
+    return Decimal(round(amount * 10**8)).scaleb(-8)
+
+
 def actions_told(chart: dict, quote: Quote) -> list[CorporateAction]:
     """The splits and dividends of a chart, the oldest first, as they came with a `quote`."""
-    splits, dividends = events_of(chart)
+    splits, dividends = events_of(quote.ticker, chart)
     known = {"price": quote.price, "source": quote.source, "published_at": quote.timestamp}
     actions = [CorporateAction.split(quote.ticker, ratio, ex_at=at, **known) for at, ratio in splits]
     actions += [CorporateAction.dividend(quote.ticker, amount, ex_at=at, **known) for at, amount in dividends]
@@ -885,15 +1004,11 @@ def is_credible(action: CorporateAction, quote: Quote, last: Quote | None) -> bo
     """Whether a dividend is less than a share of that day cost, now or last; else it is logged."""
     if action.kind == "split":
         return True
-    since = [split.ratio for split in quote.actions if split.kind == "split" and split.ex_at > action.ex_at]
-    price = (
-        max(quote.price, last.price if last else quote.price)
-        * prod(since).numerator
-        / prod(since).denominator
-    )
-    if action.amount < price:
+    splits = [(split.ex_at, split.ratio) for split in quote.actions if split.kind == "split"]
+    since, price = later_splits(splits)(action.ex_at), max(quote.price, last.price if last else 0)
+    if action.amount * since.denominator < price * since.numerator:
         return True
-    log.warning("%s told a %s, which is more than a share: it is left away", quote.source, action)
+    log.warning("%s: left out a %s: a share costs less", quote.source, action)
     return False
 
 
@@ -947,7 +1062,7 @@ def minute_of(moment: datetime) -> int:
     return int(moment.timestamp()) // BAR_SECONDS
 
 
-def moment_of(minute: int) -> datetime:
+def minute_begins(minute: int) -> datetime:
     return EPOCH + minute * timedelta(seconds=BAR_SECONDS)
 
 
@@ -1113,7 +1228,7 @@ class SampleMarket:
                 bar = self.bars[place]
                 passed = {ticker: self.passed_in(ticker, bar, pins.get(ticker)) for ticker in tickers}
                 known[place] = bar, {ticker: prices for ticker, prices in passed.items() if prices}
-            shown_at = None if account.market_clock else moment_of(minute)
+            shown_at = None if account.market_clock else minute_begins(minute)
             yield Tick(*known[place], self.actions.get(place, ()), shown_at)
 
     def passed_in(self, ticker: str, bar: datetime, pin: Decimal | None) -> Passed | None:
@@ -1299,7 +1414,3 @@ class SampleMarket:
 
     def health(self) -> dict:
         return {self.name: {"tickers": len(self.series), "bars": len(self.bars)}}
-
-
-def events_of(chart):
-    return [], []
