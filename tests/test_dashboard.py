@@ -646,7 +646,7 @@ def test_the_figures_of_a_run_are_those_of_its_history(visit):
 def test_what_happens_to_a_holding_is_no_sale(visit):
     """Nobody orders a split, a dividend or a correction, so here they are put into the answer on the way."""
     alice = visit.trader
-    bought = alice.buys(10, "AAPL")
+    alice.buys(10, "AAPL")
     alice.advances(5)
     reason = "A quantity that was written twice is taken back."
     happened = [
@@ -676,7 +676,6 @@ def test_what_happens_to_a_holding_is_no_sale(visit):
     visit.presses("AAPL, chart of its price").reads("chart-said", "with ▲ 1 purchase and ▼ 0 sales.")
     assert pixels_of(visit.page, "--gain", "chart-plot") > 20
     assert pixels_of(visit.page, "--loss", "chart-plot") == 0
-    assert bought["price"] == Decimal("560.99")
 
 
 def test_older_trades_are_a_page_away(visit):
@@ -954,7 +953,7 @@ def test_the_readmes_picture_can_be_taken_again(browser, alice, tmp_path):
     alice.buys("1.5", "ETH-USD")
     alice.advances(55)
     with visiting(browser, alice) as visit:
-        visit.signs_in().reads("readout", "2012").reads("holdings-count", "5")
+        visit.signs_in().reads("readout", "2012").reads("holdings-count", "6")
         visit.writes_an_order_that_rests(
             "buy", 20, "AAPL", "limit", price=640, take_profit=720, stop_loss=600
         )
