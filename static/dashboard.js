@@ -1117,7 +1117,10 @@ async function useTestAccount() {
 function forget() {
   key = null;
   sessionStorage.clear();
-  Object.assign(seen, { portfolio: null, market: null, updated: "", run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "", orders: [], longRun: null, isAdmins: false });
+  Object.assign(seen, {
+    portfolio: null, market: null, updated: "", run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "",
+    orders: [], longRun: null, isAdmins: false,
+  });
   closeChart();
   plot?.destroy();
   plot = null;
@@ -1125,7 +1128,8 @@ function forget() {
   quoted = null;
   for (const id of ["holdings-rows", "orders-rows", "trades-rows", "run-select", "summary", "tickers", "accounts-rows"]) $(id).replaceChildren();
   for (const id of ["order-form", "start-over-form", "clock-form", "sign-in-form", "account-form"]) $(id).reset();
-  for (const id of ["updated", "order-result", "orders-count", "orders-result", "start-over-result", "clock-result", "csv-result", "readout", "accounts-count", "accounts-result"]) draw($(id), "");
+  for (const id of ["updated", "order-result", "orders-count", "orders-result", "start-over-result", "clock-result"]) draw($(id), "");
+  for (const id of ["csv-result", "readout", "accounts-count", "accounts-result"]) draw($(id), "");
   for (const id of ["equity", "change", "cash", "market-value", "cost", "unrealized", "realized", "total"]) draw($(id), "");
   askToStartOver(false);
   askFirst(null);

@@ -814,6 +814,16 @@ def test_the_admin_opens_an_account_renews_its_key_and_closes_it(admin, server):
     assert renewed.ask("GET", "/api/v1/balance").status_code == 401
 
 
+def test_a_key_that_the_browser_will_not_copy_is_selected(admin, server):
+    """Without HTTPS it has no clipboard for a page, but on the computer itself."""
+    admin.page.add_init_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    email = server.trader().email
+    admin.signs_in(opens="accounts").presses(f"New key for {email}…").presses("Yes, make a new key")
+    admin.presses("Copy").reads("copy-result", "press Ctrl+C")
+    key = admin["new-key-text"].inner_text()
+    assert (len(key), admin.page.evaluate("getSelection().toString()")) == (64, key)
+
+
 def test_what_the_admin_may_not_do_is_said_in_a_sentence(admin, server):
     taken = server.trader().email
     admin.signs_in(opens="accounts")["email"].fill(taken)
