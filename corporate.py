@@ -4,7 +4,7 @@ What they do to a holding is `Account.undergo` in models.py, and to an open orde
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal
 from fractions import Fraction
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 ACTIONS = ("dividend", "split")
 
-SAME_DAYS = timedelta(days=5)
-"""Two of a kind for one ticker are no closer to each other: the second is the first one, corrected. Some
-funds pay every week."""
+CLOSE_BY = timedelta(days=5)
+"""A split or dividend that is not where it was, but so near, is the same one, corrected. Some funds pay every
+week."""
 
 
 def times(amount: Decimal, ratio: Fraction, rounding: str = ROUND_HALF_EVEN) -> Decimal:
@@ -105,25 +105,27 @@ class CorporateAction(db.Model):
         return db.session.scalars(newer.order_by(cls.ex_at, cls.kind, cls.ticker)).all()
 
     @classmethod
-    def publish(cls, told: Iterable["CorporateAction"]) -> None:
-        """Add what a source `told` and nobody has told before; what it tells otherwise by now is logged."""
+    def publish(cls, told: Sequence["CorporateAction"]) -> None:
+        """Add what a source `told` of one ticker and has not told before.
+
+        What was published stays: where the source now says something else of that day, or has moved it to
+        another one close by, that is logged.
+        """
+        days = {(action.kind, action.ex_at) for action in told}
         for action in told:
-            near = cls.ex_at.between(action.ex_at - SAME_DAYS, action.ex_at + SAME_DAYS)
-            known = db.session.scalars(
-                sa.select(cls).filter_by(ticker=action.ticker, kind=action.kind).where(near)
-            )
-            if earlier := known.first():
+            near = cls.ex_at.between(action.ex_at - CLOSE_BY, action.ex_at + CLOSE_BY)
+            own = sa.select(cls).filter_by(ticker=action.ticker, kind=action.kind).where(near)
+            known = {other.ex_at: other for other in db.session.scalars(own)}
+            moved = [other for ex_at, other in known.items() if (other.kind, ex_at) not in days]
+            if earlier := known.get(action.ex_at) or next(iter(moved), None):
                 if not earlier.says_what(action):
-                    log.warning(
-                        "%s tells a %s, and has told a %s before, which stays", action.source, action, earlier
-                    )
+                    log.warning("%s tells a %s now: the %s stays", action.source, action, earlier)
                 continue
             action.number = cls.latest() + 1
             db.session.add(action)
             db.session.flush()
 
     def says_what(self, other: "CorporateAction") -> bool:
-        """Whether both say the same; an amount may have been rounded when it was taken."""
         same = ("ex_at", "numerator", "denominator", "amount")
         return all(getattr(self, name) == getattr(other, name) for name in same)
 
