@@ -51,6 +51,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 import alpaca_face
 import openapi
 import public
+import tradingview
 from database import OutcomeUnknown, db, transaction, use_database
 from messages import (
     ACCOUNT_LIMIT,
@@ -129,6 +130,7 @@ from pricing import (
 from recorded import FIELDS, BadFile, ticker_from
 from results import AuditAnswer, Books, HistoryAnswer
 from settings import read_settings
+from tradingview import Alert
 
 VERSION = "1.0.0"
 
@@ -286,8 +288,8 @@ class Simulator(Flask):
                 time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
 
 
-REPEATABLE = ("trade", "place_order", "replace_order", "alpaca.place_order", "alpaca.replace_order")
-REPEATABLE += ("alpaca.close_position", "alpaca.close_positions")
+REPEATABLE = ("trade", "trade_on_alert", "place_order", "replace_order", "alpaca.place_order")
+REPEATABLE += ("alpaca.replace_order", "alpaca.close_position", "alpaca.close_positions")
 """They look up first whether their key has been used."""
 
 
@@ -457,6 +459,12 @@ def admit() -> None:
     claim_database()
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     key = key.strip() if scheme.lower() == "bearer" else ""
+    unreadable = None
+    if request.path == "/api/v1/webhook/tradingview" and request.method == "POST":
+        try:
+            key = tradingview.sent_key()
+        except (Refused, HTTPException) as error:
+            key, unreadable = "", error  # Which counts as a wrong key.
     if is_alpacas:
         key = key or alpaca_face.sent_key()
         if not key and market.is_sample and alpaca_face.needs_no_key():
@@ -469,7 +477,7 @@ def admit() -> None:
         g.account, g.user_id = account, account.user_id
     if not (is_admin or account):
         counter.count(f"wrong keys from {public.client_address()}", public.WRONG_KEYS)
-        raise unauthorized()
+        raise unreadable or unauthorized()
     counter.count(f"user {account.user_id}" if account else "admin", settings.RATE_LIMIT)
     is_admins_path = re.match("/api/v1/users(/|$)", request.path)
     if is_admins_path and not is_admin:
@@ -750,20 +758,16 @@ def portfolio() -> PortfolioAnswer:
     return account.portfolio(holdings, quotes)
 
 
+OF_A_TRADE = (
+    *("unknown_ticker", "price_below_market", "price_above_market", "insufficient_funds"),
+    *("insufficient_shares", "unsupported_currency", "unsupported_price", "stale_price", "limit_exceeded"),
+    *("market_is_live", "idempotency_key_reused", "price_unavailable", "outcome_unknown"),
+)
+
+
 @app.post("/api/v1/trade")
 @takes(Order, query=TradeOptions, order_key=True)
-@refuses(
-    *(
-        "unknown_ticker",
-        "price_below_market",
-        "price_above_market",
-        "insufficient_funds",
-        "insufficient_shares",
-    ),
-    *("unsupported_currency", "unsupported_price", "stale_price", "limit_exceeded"),
-    *("market_is_live", "idempotency_key_reused"),
-    *("price_unavailable", "outcome_unknown"),
-)
+@refuses(*OF_A_TRADE)
 @drillable
 def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
     """Buy or sell, in full and at once, or be refused with the reason.
@@ -773,18 +777,37 @@ def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
     order (without) is booked at the market price, less favourable by the slippage that is in force. With an
     `Idempotency-Key` an order is safe to send again: it is booked once, and answered the same.
     """
+    return execute(order, order_key, options.dry_run)
+
+
+@app.post("/api/v1/webhook/tradingview")
+@takes(Alert, order_key=True, webhook=True)
+@refuses(*OF_A_TRADE)
+@drillable
+def trade_on_alert(alert: Alert, order_key: str) -> TradeAnswer:
+    """Trade as an alert of TradingView's says, which has the API key in its body.
+
+    It is an order like any other at `/api/v1/trade`, with `key` for the header, and `id` for the
+    `Idempotency-Key`. Any content type will do. A ticker may have its exchange before it, and `BTCUSD` is
+    `BTC-USD`.
+    """
+    return execute(alert, alert.id or order_key)
+
+
+def execute(order: Order, order_key: str, dry_run: bool = False) -> TradeAnswer:
+    """Trade at once, one time under the key; what is answered, and with a replay the answer's headers."""
     # `Simulator.dispatch_request` has let the request in (`admit`, which fills `g`) and may call this again.
     # Before the lock, as no locked row waits for Yahoo; a refusal is raised by `fill`: a replay needs none.
     quote = market.look_up(order.ticker, g.account)
 
-    with transaction(g.user_id, keep=not options.dry_run):
+    with transaction(g.user_id, keep=not dry_run):
         account = locked(g.user_id, g.key_hash, order.ticker, order_key)
         if earlier := earlier_under_key(account):  # Its first answer needs no price.
             answer, headers = replay(earlier, earlier.is_for(order), type(earlier).to_dict)
-            return answer | (REHEARSED if options.dry_run else {}), headers
+            return answer | (REHEARSED if dry_run else {}), headers
         quote = quote_for(account, order.ticker, quote)
         booked = account.fill(order, quote, account.holding(order.ticker), COSTS)
-        if options.dry_run:
+        if dry_run:
             g.pop("filled", None)
             return booked.to_dict() | REHEARSED
         account.book(booked, account.holding(order.ticker), order_key)
