@@ -3,14 +3,15 @@
     App               the settings in force, the Flask app, how often a request is tried
     Errors            every answer that is not a success, as problem+json
     Who asks          whose key a request carries
-    Routes            the API; `trade` is the heart of the program, start reading there
+    Routes            the API; `trade` is the heart of the program (`execute`), start reading there
     Commands          what `flask user` and `python app.py` do
 
 A request comes in through `Gate`, `Simulator.dispatch_request` (which may try it again), `admit` and the
 decorators of its route. What an account may do with its money is in `models.py`, how an order waits in
 `orders.py`, what came of it all in `results.py`, where prices come from in `pricing.py`, what comes in and
 goes out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`. Programs
-that were written for Alpaca find its routes in `alpaca_face.py`, in front of the same books.
+that were written for Alpaca find its routes in `alpaca_face.py`, in front of the same books; what an alert of
+TradingView's says is in `tradingview.py`.
 """
 
 import csv

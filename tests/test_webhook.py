@@ -1,7 +1,10 @@
 """TradingView's webhook: an order whose key is in its body, since an alert can set no header."""
 
 import json
+import re
 import socket
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -9,7 +12,7 @@ from threading import Barrier
 
 import pytest
 import requests
-from cast import ADMIN, Server, Trader, exact
+from cast import ADMIN, ROOT, Server, Trader, exact
 
 PATH = "/api/v1/webhook/tradingview"
 TEXT = {"Content-Type": "text/plain; charset=utf-8"}
@@ -323,3 +326,52 @@ def test_a_body_that_breaks_off_is_no_alert(alice, server):
         assert answer.startswith("HTTP/1.1 400 "), answer
         assert alice.key not in answer + server.log()
     assert alice.trades == []
+
+
+# The page
+
+PAGE = (ROOT / "docs" / "tradingview.md").read_text()
+
+
+def filled_in(message: str, trader: Trader) -> str:
+    """A message of the page as TradingView sends it."""
+    placeholders = {"ticker": "AAPL", "timenow": "2026-11-27T10:00:00Z"}
+    placeholders |= {"strategy.order.action": "buy", "strategy.order.contracts": "2"}
+    placeholders |= {"strategy.order.id": "Long"}
+    message = message.replace("YOUR-API-KEY", trader.key)
+    return re.sub(r"{{([a-z.]+)}}", lambda found: placeholders[found[1]], message)
+
+
+def test_the_messages_to_paste_trade(alice, tradingview):
+    messages = re.findall("```json\n(.*?)```", PAGE, re.S)
+    alice.sees("AAPL", at=100)
+    bought = [exact(tradingview.posts(filled_in(message, alice)))["quantity"] for message in messages]
+    assert bought == [2, 10]
+
+
+def test_the_page_names_every_member_and_every_exchange(app):
+    from tradingview import EXCHANGES, Alert
+
+    (row,) = re.findall(r"^\| `ticker` \|.*$", PAGE, re.M)
+    assert {name for name in EXCHANGES.split("|") if f"`{name}`" not in row} == set()
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.M)) == set(Alert.model_fields)
+
+
+def test_the_session_on_the_page_answers_as_printed(program):
+    """Run line by line against `python app.py`, in a copy of the program as a newcomer has it."""
+    (session,) = re.findall(r"```console\n(.*?)```", PAGE, re.S)
+    lines = re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n?)*)", session, re.M)
+    server = Server("", command=[sys.executable, "app.py"])
+    server.folder = program
+    said, define = "", ""
+    with server:
+        for line, _ in lines:
+            here = line.replace("http://127.0.0.1:8000", server.url)
+            define = here if line.startswith("alert()") else define
+            shell = subprocess.run(
+                ["bash", "-c", f"{define}\n{here}"], capture_output=True, text=True, timeout=30
+            )
+            said += f"$ {line}\n{shell.stdout}"
+    timeless = [re.sub(r'"timestamp":"202[6-9]-[^"]+"', "", text) for text in (said, session)]
+    assert timeless[0] == timeless[1], said
+    assert len(lines) == 8
