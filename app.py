@@ -3,7 +3,7 @@
     App               the settings in force, the Flask app, how often a request is tried
     Errors            every answer that is not a success, as problem+json
     Who asks          whose key a request carries
-    Routes            the API; `trade` is the heart of the program (`execute`), start reading there
+    Routes            the API; `trade` and `execute` are the heart of the program, start reading there
     Commands          what `flask user` and `python app.py` do
 
 A request comes in through `Gate`, `Simulator.dispatch_request` (which may try it again), `admit` and the
