@@ -328,7 +328,18 @@ def test_a_body_that_breaks_off_is_no_alert(alice, server):
     assert alice.trades == []
 
 
-# The page
+# The page and the description
+
+
+def test_the_alert_is_described_with_its_key_in_the_body_and_none_in_the_header(server):
+    description = requests.get(f"{server.url}/openapi.json", timeout=30).json()
+    door, trade = (description["paths"][path]["post"] for path in (PATH, "/api/v1/trade"))
+    assert (door["security"], trade["security"]) == ([], [{"trader": []}])
+    assert ("415" in door["responses"], "415" in trade["responses"]) == (False, True)
+    alert, order = (description["components"]["schemas"][name] for name in ("Alert", "Order"))
+    assert alert["properties"].keys() - order["properties"].keys() == {"key", "id"}
+    assert set(alert["required"]) == {"key", "ticker", "action"}
+
 
 PAGE = (ROOT / "docs" / "tradingview.md").read_text()
 
