@@ -104,14 +104,6 @@ def test_an_alert_may_be_of_any_content_type(alice, tradingview, kind):
     assert answer.status_code == 200, answer.text
 
 
-def test_the_open_orders_of_the_account_have_seen_the_prices_first(alice, tradingview):
-    alice.goes_to("2012-06-01T00:00:00Z").sees("IBM", at=100)
-    alice.rests("buy", 1, "IBM", limit_price=90)
-    alice.ask("PUT", "/api/v1/market/prices/IBM", json={"price": 80})
-    exact(tradingview.alerts(alice, quantity=1))
-    assert [trade["ticker"] for trade in alice.trades] == ["AAPL", "IBM"]
-
-
 # Once
 
 
