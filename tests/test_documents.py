@@ -80,7 +80,7 @@ def test_links_between_the_documents_lead_somewhere():
 def sessions() -> list[tuple[str, str]]:
     """Each line of the sessions after its `$`, with the answer that is printed below it.
 
-    Those of the guide to deployment and of TradingView's alerts are run by test_deploy.py and test_webhook.py.
+    Those of the guide to deployment and of TradingView's alerts are run by tests of their own.
     """
     others = ("deploy", "tradingview")
     pages = [README, *(page for name, page in sorted(DOCS.items()) if name not in others)]
