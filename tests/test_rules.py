@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from messages import ACCOUNT_LIMIT, UNIT, Order, Refused, now, plain
-from models import Account, Costs, Holding, Quote, QuoteExpired
+from models import Account, Costs, Holding, Quote, QuoteExpired, Trade, in_lieu
 
 
 def account(cash="1000"):
@@ -174,3 +174,23 @@ def test_the_books_agree_with_exact_fractions_whatever_is_traded(cash, orders):
         )
         assert min(cash_units, shares, cost) >= 0
         assert cash_units + cost == int(cash * unit) + realized
+
+
+@settings(max_examples=300, deadline=None)
+@given(amounts, amounts, st.integers(1, 10_000), st.integers(1, 10_000))
+def test_a_split_makes_no_money_and_loses_none(quantity, price, new, old):
+    """What its shares are rounded down by is paid at the new price; the cost stays while there are any."""
+    alice, apple = account("5"), holding(f"{quantity:f}", "100")
+    trade = Trade(trade_type="split", quantity=quantity, ratio=f"{new}:{old}", price=price)
+    trade.total_amount = in_lieu(trade)
+    exact = Fraction(quantity) * new / old
+    if exact >= ACCOUNT_LIMIT:
+        with pytest.raises(Refused, match="stay below"):
+            alice.receive(trade, apple)
+        return
+    alice.receive(trade, apple)
+    left = exact - Fraction(apple.quantity)
+    assert 0 <= left < Fraction(UNIT)
+    assert Fraction(alice.cash_balance) == 5 + left * Fraction(price) // Fraction(UNIT) * Fraction(UNIT)
+    assert apple.cost_basis == (100 if apple.quantity else 0)
+    assert alice.cash_balance + apple.cost_basis == 105 + trade.realized_pnl
