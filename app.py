@@ -735,7 +735,7 @@ def bars(asked: BarOptions, ticker: str) -> BarsAnswer:
     pinned.
     """
     found = market.past_bars(ticker, asked, g.account)
-    return {"ticker": ticker, "timeframe": asked.timeframe, "bars": [bar._asdict() for bar in found]}
+    return {"ticker": ticker, "timeframe": asked.timeframe, "bars": [bar.to_dict() for bar in found]}
 
 
 @app.get("/api/v1/portfolio")

@@ -2,28 +2,42 @@
 
 `read` takes a file or a folder, finds out where each file has its times and prices, and makes bars of
 them all. Whatever a file holds, it is read wholly and rightly, or refused with the line and the reason.
+
+Prices are those of their day, and a split or a dividend stands in the row of the day from which on it is in
+force. What a column `split` says is believed. Yahoo's prices, and so yfinance's, are adjusted for all splits
+that came later: nobody's shares must be multiplied whose price did not fall. So a split in yfinance's column
+`Stock Splits` counts only where the price moves with it. Whether prices are adjusted for dividends, too
+(yfinance's `auto_adjust`), cannot be seen in them, and dividends always count.
 """
 
 import csv
 import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal
+from fractions import Fraction
 from functools import lru_cache
 from itertools import chain, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 SECONDS, DATE = re.compile(r"-?[0-9]+(\.[0-9]+)?"), re.compile(r"(19|20)[0-9]{6}")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([Ee][+-]?[0-9]{1,3})?")
+RATIO = re.compile(r"([0-9]{1,12}):([0-9]{1,12})")
 TICKER = re.compile(r"(?=.*[A-Za-z0-9])[A-Za-z0-9.=^-]{1,20}|[A-Za-z0-9]{1,10}/[A-Za-z0-9]{1,9}")
 
 ZERO, UNIT, VOLUME_LIMIT = Decimal(0), Decimal("1e-8"), Decimal(10**18)
+ONE = Fraction(1)
 
 # Prices are between the two: these are the first that would be rounded to 0 and to 10,000,000,000.
 LEAST, MOST = Decimal("0.000000005"), Decimal("9999999999.999999995")
+
+# A split multiplies by so much at the most, or divides. Its two terms have up to 12 digits.
+SPLIT_LIMIT, TERM_LIMIT = 10_000, 10**12
 
 # What stands where there is no number.
 NOTHING = {"", "nan", "null", "none", "n/a", "na", "#n/a", "<na>"}
@@ -35,7 +49,7 @@ TIMES = ("timestamp", "datetime", "date", "time")
 UNNAMED = {"", "index", "unnamed: 0"}
 
 # What a wide file may have beside its tickers, and looks like one.
-NOT_TICKERS = {*TIMES, *UNNAMED, "volume", "adjclose", "dividends", "splits"}
+NOT_TICKERS = {*TIMES, *UNNAMED, "volume", "adjclose", "dividend", "dividends", "split", "splits"}
 
 
 class BadFile(Exception):
@@ -43,7 +57,9 @@ class BadFile(Exception):
 
 
 class Bar(NamedTuple):
-    """What a ticker cost in the time that begins at `timestamp`."""
+    """What a ticker cost in the time that begins at `timestamp`, in dollars, and what came with that time:
+    a dividend in dollars a share, and so many new shares for an old one.
+    """
 
     timestamp: datetime
     open: Decimal
@@ -51,20 +67,41 @@ class Bar(NamedTuple):
     low: Decimal
     close: Decimal
     volume: Decimal
+    dividend: Decimal = ZERO
+    split: Fraction = ONE
+
+    def to_dict(self) -> dict[str, datetime | Decimal]:
+        """Its time and the five numbers, as bars are shown."""
+        return dict(zip(("timestamp", *FIELDS), self, strict=False))
 
 
-FIELDS = Bar._fields[1:]
+FIELDS = ("open", "high", "low", "close", "volume")
+
+
+class Event(NamedTuple):
+    """What a row says beside its prices. `claimed` is a split that counts where the price moves with it."""
+
+    dividend: Decimal = ZERO
+    split: Fraction = ONE
+    claimed: Fraction = ONE
+
+
+NO_EVENT = Event()
+
+# The columns of an event, and which of its members each is.
+EVENTS = {"dividend": 0, "dividends": 0, "split": 1, "splits": 1, "stock splits": 2}
 
 
 class Layout(NamedTuple):
     """Where a row has its time, its ticker, and the five numbers of each ticker (of None: the one that it
-    names). -1 is nowhere: each row is given an empty cell as its last.
+    names), and its event, if there are any. -1 is nowhere: each row is given an empty cell as its last.
     """
 
     time: int
     time_is_named: bool
     ticker: int
     bars: dict[str | None, list[int]]
+    events: dict[str | None, list[int]]
 
 
 def read(path: Path | str) -> dict[str, list[Bar]]:
@@ -77,14 +114,23 @@ def read(path: Path | str) -> dict[str, list[Bar]]:
         if not files:
             raise BadFile(f"{path} has no CSV files.")
     market: dict[str, dict[datetime, Bar]] = defaultdict(dict)
+    events: dict[str, dict[datetime, Event]] = defaultdict(dict)
     for file in files:
-        read_file(file, market)
-    return {ticker: sorted(bars.values()) for ticker, bars in sorted(market.items())}
+        read_file(file, market, events)
+    series = {ticker: sorted(bars.values()) for ticker, bars in sorted(market.items())}
+    for ticker, of_ticker in events.items():
+        try:
+            put_in_force(series.get(ticker, []), of_ticker)
+        except ValueError as error:
+            raise BadFile(f"{path}: {ticker} has {error}.") from None
+    return series
 
 
-def read_file(file: Path, market: dict[str, dict[datetime, Bar]]) -> None:
-    """Adds the bars of one file to those of the others. A row without a price says nothing, whatever else
-    it has: so the third line of yfinance's heading, too, is passed over, and so are footers.
+def read_file(
+    file: Path, market: dict[str, dict[datetime, Bar]], events: dict[str, dict[datetime, Event]]
+) -> None:
+    """Adds the bars and events of one file to those of the others. A row without either says nothing,
+    whatever else it has: so the third line of yfinance's heading, too, is passed over, and so are footers.
     """
     rows, has_prices = rows_of(file), False
     line, first = next(rows, (1, [""]))
@@ -106,6 +152,12 @@ def read_file(file: Path, market: dict[str, dict[datetime, Bar]]) -> None:
                     known = market[ticker].setdefault(bar.timestamp, bar)
                     if known is not bar:
                         market[ticker][bar.timestamp] = the_one_of(known, bar, ticker)
+            for ticker, columns in layout.events.items():
+                event = event_from(*[row[column] for column in columns])
+                if event is not NO_EVENT:
+                    ticker, moment = ticker or ticker_from(row[layout.ticker]), moment_of(row, layout)
+                    known = events[ticker].get(moment, NO_EVENT)
+                    events[ticker][moment] = both_of(known, event, ticker, moment)
         if not has_prices:
             raise ValueError("it has no prices")
     except ValueError as error:
@@ -148,6 +200,8 @@ def is_second_heading(row: list[str]) -> bool:
 
 def layout_of(heading: list[list[str]], file_ticker: str) -> Layout:
     """Where files with this heading have what. Columns come in any order and case; others are ignored.
+    Beside the prices, though not in wide files, may be dividend (or dividends) and split (or splits, or
+    yfinance's Stock Splits).
 
     A price a row    timestamp,ticker,price
     Bars             date,ticker,open,high,low,close,volume (or symbol)
@@ -180,19 +234,21 @@ def layout_of(heading: list[list[str]], file_ticker: str) -> Layout:
         tickers = heading[0]
 
     bars: dict[str | None, list[int]] = defaultdict(lambda: [-1] * len(FIELDS))
+    events: dict[str | None, list[int]] = defaultdict(lambda: [-1] * len(NO_EVENT))
     for column, (name, field) in enumerate(zip(tickers, fields, strict=True)):
         if field == "price" and "close" not in fields:
             field = "close"
-        if field in FIELDS and name != "":
+        if (field in FIELDS or field in EVENTS) and name != "":
             name = name and ticker_from(name)
-            columns, place = bars[name], FIELDS.index(field)
+            columns = (bars if field in FIELDS else events)[name]
+            place = FIELDS.index(field) if field in FIELDS else EVENTS[field]
             if columns[place] >= 0:
                 raise ValueError(f"there are two columns {field}" + (f" of {name}" if name else ""))
             columns[place] = column
     bars = {name: columns for name, columns in bars.items() if columns[FIELDS.index("close")] >= 0}
     if not bars:
         raise ValueError("there is no column close or price")
-    return Layout(time, time_is_named, ticker, bars)
+    return Layout(time, time_is_named, ticker, bars, {name: events[name] for name in bars if name in events})
 
 
 def bar_of(row: list[str], columns: list[int], layout: Layout) -> Bar | None:
@@ -203,15 +259,20 @@ def bar_of(row: list[str], columns: list[int], layout: Layout) -> Bar | None:
     close = price_from(close)
     if not close:
         return None
-    time = row[layout.time]
-    if not layout.time_is_named and len(time) < 8:
-        raise ValueError(f"{time[:40]!r} is no time, and no column is called timestamp, time or date")
+    moment = moment_of(row, layout)
     if not (open or high or low or volume):  # As in most files, and quicker.
-        return Bar(time_from(time), close, close, close, close, ZERO)
+        return Bar(moment, close, close, close, close, ZERO)
     open = price_from(open) or close
     high = max(price_from(high) or close, open, close)
     low = min(price_from(low) or close, open, close)
-    return Bar(time_from(time), open, high, low, close, volume_from(volume))
+    return Bar(moment, open, high, low, close, volume_from(volume))
+
+
+def moment_of(row: list[str], layout: Layout) -> datetime:
+    time = row[layout.time]
+    if not layout.time_is_named and len(time) < 8:
+        raise ValueError(f"{time[:40]!r} is no time, and no column is called timestamp, time or date")
+    return time_from(time)
 
 
 def the_one_of(known: Bar, bar: Bar, ticker: str) -> Bar:
@@ -220,6 +281,45 @@ def the_one_of(known: Bar, bar: Bar, ticker: str) -> Bar:
         prices = f"{known.close.normalize():f} and {bar.close.normalize():f}"
         raise ValueError(f"{ticker} has two prices at {bar.timestamp.isoformat()}: {prices}")
     return max(known, bar, key=lambda bar: (bar.high - bar.low, bar.volume, bar))
+
+
+def both_of(known: Event, event: Event, ticker: str, moment: datetime) -> Event:
+    """What two rows of one time say together; what both say happened once."""
+    for name, one, other, none in zip(("dividends", "splits", "splits"), known, event, NO_EVENT, strict=True):
+        if one != other and none not in (one, other):
+            ours = f"{written(one)} and {written(other)}"
+            raise ValueError(f"{ticker} has two {name} at {moment.isoformat()}: {ours}")
+    return Event(*(known[place] if known[place] != NO_EVENT[place] else event[place] for place in range(3)))
+
+
+def written(amount: Decimal | Fraction) -> str:
+    """A dividend as digits, a split as 10:1."""
+    if isinstance(amount, Fraction):
+        return f"{amount.numerator}:{amount.denominator}"
+    return f"{amount.normalize():f}"
+
+
+def put_in_force(bars: list[Bar], events: dict[datetime, Event]) -> None:
+    """Gives the events of a ticker to its `bars`: each to that of its time, or else to the next."""
+    for moment, event in sorted(events.items()):
+        place = bisect_left(bars, moment, key=attrgetter("timestamp"))
+        if place == len(bars):
+            break
+        bar, split = bars[place], event.split
+        if split == ONE and place and moves_with(event.claimed, bars[place - 1], bar):
+            split = event.claimed
+        bar = bar._replace(dividend=bar.dividend + event.dividend, split=bar.split * split)
+        if not (bar.dividend < MOST and is_ratio(bar.split)):
+            raise ValueError(f"too many dividends or splits until {bar.timestamp.isoformat()}")
+        bars[place] = bar
+
+
+def moves_with(split: Fraction, before: Bar, bar: Bar) -> bool:
+    """Whether the price moved by more than half of what the split makes of it, as logarithms go: then it is
+    the split that has moved it.
+    """
+    moved = (Fraction(before.close) / Fraction(bar.open)) ** 2
+    return moved > split > ONE or moved < split < ONE
 
 
 @lru_cache(maxsize=10_000)
@@ -262,6 +362,57 @@ def volume_from(text: str) -> Decimal:
     if not ZERO <= volume < VOLUME_LIMIT:
         raise ValueError(f"the volume {text[:40]} is not from 0 to below {VOLUME_LIMIT}")
     return volume.quantize(UNIT, ROUND_HALF_EVEN)
+
+
+@lru_cache(maxsize=10_000)
+def event_from(dividend: str, split: str, claimed: str) -> Event:
+    """The event in these cells of a row; what most rows have is `NO_EVENT` itself."""
+    event = Event(dividend_from(dividend), split_from(split), split_from(claimed))
+    return NO_EVENT if event == NO_EVENT else event
+
+
+def dividend_from(text: str) -> Decimal:
+    dividend = number_from(text) or ZERO
+    if not ZERO <= dividend < MOST:
+        raise ValueError(f"the dividend {text[:40]} is not from 0 to below 10000000000")
+    return dividend.quantize(UNIT, ROUND_HALF_EVEN)
+
+
+def split_from(text: str) -> Fraction:
+    """So many new shares for an old one: 10:1 and 10.0 are ten. A number of which a ratio is written so is
+    that ratio; 0 is no split.
+    """
+    ratio = RATIO.fullmatch(text)
+    if ratio and int(ratio[2]):
+        split = Fraction(int(ratio[1]), int(ratio[2]))
+    else:
+        number = number_from(text)
+        if not number:
+            return ONE
+        split = simple_ratio(number) if UNIT < number <= SPLIT_LIMIT else Fraction()
+    if not is_ratio(split):
+        raise ValueError(f"the split {text[:40]} is not from 1:{SPLIT_LIMIT} to {SPLIT_LIMIT}:1")
+    return split
+
+
+def is_ratio(split: Fraction) -> bool:
+    return 1 <= split * SPLIT_LIMIT <= SPLIT_LIMIT**2 and max(split.as_integer_ratio()) < TERM_LIMIT
+
+
+def simple_ratio(number: Decimal) -> Fraction:
+    """The ratio that was meant by a number from 0.00000001 to 10,000: 0.333333 and 0.3333333333333333 are
+    one to three. No two ratios with terms up to 1,000 are the same number in six decimals; else a number
+    means itself.
+    """
+    places = -number.as_tuple().exponent
+    ratio = Fraction(round(number, min(max(places, 0), 20)))
+    simple = ratio.limit_denominator(1000)
+    lost = ratio / 2**52  # By whoever divided in floats,
+    if places >= 6:
+        lost += Fraction(1, 2 * 10 ** min(places, 20))  # and whoever rounded what was written.
+    if simple.numerator <= 1000 and abs(simple - ratio) <= lost:
+        return simple
+    return Fraction(number.quantize(UNIT, ROUND_HALF_EVEN))
 
 
 def number_from(text: str) -> Decimal | None:

@@ -290,7 +290,7 @@ def test_random_bars_are_put_together_as_by_the_calendar(tmp_path, generated):
     series, asked, clock = generated
     file = tmp_path / "ABC.csv"
     fields = "timestamp,open,high,low,close,volume"
-    file.write_text("\n".join([fields, *(",".join(map(str, bar)) for bar in series)]))
+    file.write_text("\n".join([fields, *(",".join(map(str, bar.to_dict().values())) for bar in series)]))
     market = pricing.SampleMarket(file)
     clock = max(clock, series[0].timestamp)
     account = Account(market_clock=clock)

@@ -35,6 +35,7 @@ PROCFILE = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().
 RENDER = yaml.safe_load((ROOT / "render.yaml").read_text())
 RAILWAY = json.loads((ROOT / "railway.json").read_text())
 HEROKU = json.loads((ROOT / "app.json").read_text())
+GITHUB = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
 UNIT = (ROOT / "deploy" / "simulator.service").read_text()
 SITE = (ROOT / "deploy" / "nginx.conf").read_text()
 BIN = Path(sys.executable).parent
@@ -225,6 +226,23 @@ def test_the_hosts_files_name_what_there_is(app):
     assert (
         f"With Python {(ROOT / '.python-version').read_text().strip()} or" in (ROOT / "README.md").read_text()
     )
+
+
+def test_github_runs_what_ci_runs_on_the_pythons_that_the_readme_names():
+    (job,) = GITHUB["jobs"].values()
+    named = re.search(r"CI runs them all on Python (.+)\.\n", (ROOT / "README.md").read_text())[1]
+    versions = re.findall(r"3\.\d+", named)
+    assert job["strategy"]["matrix"] == {"python": versions}
+    assert versions[0] == (ROOT / ".python-version").read_text().strip()
+
+    checkout, python, *commands = job["steps"]
+    assert checkout["uses"].startswith("actions/checkout@")
+    assert python["uses"].startswith("actions/setup-python@")
+    assert python["with"] == {"python-version": "${{ matrix.python }}"}
+    assert commands[-1] == {"run": ".ci/run"}
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    wanted = re.search("for program in (.+); do", (ROOT / ".ci" / "run").read_text())[1].split()
+    assert set(wanted) <= set(re.findall(r"[\w-]+", " ".join(step["run"] for step in commands)))
 
 
 # Supabase

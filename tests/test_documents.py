@@ -1,5 +1,6 @@
-"""The documents are true: what README and .env.example say is compared with the program, or run."""
+"""The documents are true: what README, docs/ and .env.example say is compared with the program, or run."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 from cast import ROOT, SETTINGS, Server
 
 README = (ROOT / "README.md").read_text()
+DOCS = {page.stem: page.read_text() for page in (ROOT / "docs").glob("*.md")}
 APP = (ROOT / "app.py").read_text()
 LIVE = {
     "id": r'"id":"\d+"',
@@ -15,8 +17,9 @@ LIVE = {
 }
 
 
-def test_the_endpoints_in_the_readme_are_the_routes(app):
-    told = set(re.findall(r"^\| `([A-Z]+ /[^`]*)` \| (.+) \|$", README, re.M))
+def test_the_endpoints_in_the_documents_are_the_routes(app):
+    told = re.findall(r"^\| `([A-Z]+ /[^`]*)` \| (.+) \|$", DOCS["api"] + DOCS["alpaca"], re.M)
+    assert len(told) == len(set(told))
     served = {
         (method + " " + re.sub(r"<(?:\w+[^:>]*:)?(.+?)>", r"{\1}", rule.rule), view.__doc__.splitlines()[0])
         for rule in app.app.url_map.iter_rules()
@@ -24,13 +27,13 @@ def test_the_endpoints_in_the_readme_are_the_routes(app):
         for method in rule.methods - {"HEAD", "OPTIONS"}
         if not rule.endpoint.endswith("static")
     }
-    assert told == served
+    assert set(told) == served
 
 
-def test_the_error_codes_in_the_readme_are_those_of_the_program(app):
+def test_the_error_codes_in_the_documents_are_those_of_the_program(app):
     told = {
         code: int(status)
-        for status, codes in re.findall(r"^\| (\d{3}) \| (.+) \|$", README, re.M)
+        for status, codes in re.findall(r"^\| (\d{3}) \| (.+) \|$", DOCS["api"], re.M)
         for code in re.findall(r"`(\w+)`", codes)
     }
     assert told == app.STATUS
@@ -42,9 +45,9 @@ def test_every_code_that_is_raised_has_a_status(app):
 
 
 def test_the_settings_are_told_where_they_are_looked_for(app):
-    """In the README with default and meaning, and in .env.example with the default."""
+    """In docs/settings.md with default and meaning, and in .env.example with the default."""
     fields = app.settings.__class__.model_fields
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \| (.+) \|$", README.split("## Settings")[1], re.M)
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \| (.+) \|$", DOCS["settings"], re.M)
     assert {name: (default, meaning) for name, default, meaning in rows} == {
         name: (f"`{field.default}`" if field.default else "none", field.description)
         for name, field in fields.items()
@@ -75,8 +78,12 @@ def test_links_between_the_documents_lead_somewhere():
 
 
 def sessions() -> list[tuple[str, str]]:
-    """Each line of the README's sessions after its `$`, with the answer that is printed below it."""
-    lines = "\n".join(re.findall(r"```console\n(.*?)```", README, re.S))
+    """Each line of the sessions after its `$`, with the answer that is printed below it.
+
+    All pages have theirs in docs/testing-bots.md, but for the guide to deployment, whose test_deploy.py runs.
+    """
+    pages = [README, *(page for name, page in sorted(DOCS.items()) if name != "deploy")]
+    lines = "\n".join(re.findall(r"```console\n(.*?)```", "\n".join(pages), re.S))
     return re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n?)*)", lines, re.M)
 
 
@@ -86,7 +93,7 @@ def masked(text: str) -> str:
     return text.strip()
 
 
-def test_the_sessions_in_the_readme_answer_as_printed(program):
+def test_the_sessions_in_the_documents_answer_as_printed(program):
     """Run line by line against `python app.py`, in a copy of the program as a newcomer has it."""
     server = Server("", command=[sys.executable, "app.py"])
     server.folder = program
@@ -94,7 +101,7 @@ def test_the_sessions_in_the_readme_answer_as_printed(program):
         assert f"Serving sample prices on {server.url}. Try: curl" in server.log()
         (define, _), *lines = sessions()
         define = define.replace("http://127.0.0.1:8000", server.url)
-        assert len(lines) > 12
+        assert len(lines) > 20
         wrong = []
         for line, answer in lines:
             shell = subprocess.run(
@@ -102,11 +109,14 @@ def test_the_sessions_in_the_readme_answer_as_printed(program):
             )
             if masked(shell.stdout) != masked(answer):
                 wrong.append(f"$ {line}\n{shell.stdout}")
-        assert not wrong, "The README would have to say:\n" + "".join(wrong)
+        assert not wrong, "The documents would have to say:\n" + "".join(wrong)
 
 
 def test_the_first_lines_of_curl_can_be_pasted_one_by_one(program):
-    block = README.split("## A first session")[1].split("```sh\n")[1].split("```")[0]
+    session = README.split("## A first session")[1].split("## ")[0]
+    lines = session.split("```sh\n")[1].split("```")[0].splitlines()
+    printed = json.loads(session.split("```json\n")[1].split("```")[0])
+    assert not any("'" in line for line in lines), "Windows knows no single quotes."
     server = Server("", command=[sys.executable, "app.py"])
     server.folder = program
     with server:
@@ -115,9 +125,23 @@ def test_the_first_lines_of_curl_can_be_pasted_one_by_one(program):
                 ["sh", "-c", line.replace("http://127.0.0.1:8000", server.url)],
                 capture_output=True, text=True, timeout=30,
             ).stdout
-            for line in block.splitlines()
+            for line in lines
         ]  # fmt: skip
-    price, trade, portfolio = answers
+    price, bars, trade, order, portfolio, trades = answers
     assert '"ticker":"AAPL","price":' in price
+    assert bars.count('"open":') == 3
     assert '"trade_type":"buy","quantity":1,' in trade
+    assert list(json.loads(trade)) == list(printed)
+    assert '"status":"open"' in order
     assert '"holdings":[{"ticker":"AAPL","quantity":1,' in portfolio
+    assert json.loads(trades)["trades"][0] == json.loads(trade)
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len(README.splitlines()) < 150
+
+
+def test_contributors_are_told_the_two_commands_of_the_readme():
+    commands = re.findall(r"^python3 -m venv .+$", README, re.M)
+    assert len(commands) == 2
+    assert re.findall(r"^python3 -m venv .+$", (ROOT / "CONTRIBUTING.md").read_text(), re.M) == commands

@@ -74,7 +74,7 @@ BARS_WITH = {
     "Yahoo's other columns": """
         Date,Open,High,Low,Adj Close,Close,Volume,Dividends,Stock Splits
         2024-03-07,1,3,.5,1.9,2,100,0.0,0.0
-        2024-03-08,2,4,1.5,2.9,3,0,0.1,0.0""",
+        2024-03-08,2,4,1.5,2.9,3,0,0.0,0.0""",
     "a row counter": """
         ,Date,Open,High,Low,Close,Volume
         0,2024-03-07,1,3,.5,2,100

@@ -53,6 +53,20 @@ def test_going_down_loses_accounts_and_trades_only_for_whoever_says_so(new_datab
     assert "ibkr_runs" not in columns(database)
 
 
+def test_tables_of_another_program_stop_the_upgrade_and_stay_as_they_are(new_database):
+    """docs/upgrading.md says so to those who come from one: with its own notes of migrations, and without."""
+    database = new_database()
+    database.run("CREATE TABLE ibkr_users (id INTEGER PRIMARY KEY, api_key VARCHAR(255))")
+    database.run("INSERT INTO ibkr_users VALUES (1, 'theirs')")
+    for notes in ([], ["CREATE TABLE alembic_version (version_num VARCHAR(32))"]):
+        for statement in notes:
+            database.run(statement)
+            database.run("INSERT INTO alembic_version VALUES ('4f1d0c2ab9e7')")
+        before = everything(database)
+        assert flask("db", "upgrade", DATABASE_URL=database.url).returncode == 1
+        assert everything(database) == before
+
+
 def test_prices_alone_keep_nobody_from_going_down(new_database):
     database = new_database().migrate()
     database.run("INSERT INTO ibkr_market (id, kind) VALUES (1, 'sample')")
