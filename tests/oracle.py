@@ -227,6 +227,7 @@ class Broker:
             "commission": Fraction(0),
             "ratio": None,
             "reason": None,
+            "source": "admin" if side == "correction" else "sample",
         } | more
         self.fills.append(fill)
         fill["cash"] = self.cash()
@@ -582,6 +583,7 @@ class Broker:
         return {
             "cash": fixed(self.cash()),
             "reserved": fixed(self.reserved_cash()),
+            "realized": fixed(sum((f["realized"] or 0 for f in now), Fraction(0))),
             "holdings": {
                 ticker: (fixed(quantity), fixed(cost), fixed(self.available(ticker)))
                 for ticker, (quantity, cost) in held.items()
@@ -604,6 +606,8 @@ class Broker:
                     "quantity": fixed(o["quantity"]),
                     "limit_price": fixed(o["limit"]),
                     "stop_price": fixed(o["stop"]),
+                    "trail_percent": fixed(o["percent"]),
+                    "trail_amount": fixed(o["amount"]),
                     "reserved_cash": fixed(self.reserved(o)),
                     "price": fixed(o["price"]),
                     "parent": o["parent"],

@@ -282,6 +282,10 @@ def test_the_books_hold_at_every_step(new_database, split_file):
                 answer = seen(trader, outcomes, range(1, broker.run + 1))
                 told = differences(answer, broker.picture() | {"outcomes": expected})
                 assert told == [], f"seed {seed}, after {operation}"
+                summary = trader.get("/account/history")["summary"]
+                rows = [f for f in broker.fills if f["run"] == broker.run]
+                assert summary["trades"] == sum(f["side"] in ("buy", "sell") for f in rows)
+                assert summary["dividends"] == sum(f["total"] for f in rows if f["side"] == "dividend")
 
 
 # ----------------------------------------------------------------------- On a market that stands still

@@ -263,16 +263,17 @@ def seen(trader, outcomes, runs) -> dict:
     orders = trader.all_of("orders", runs, status="all")
     numbers = {o["id"]: number for number, o in enumerate(orders, 1)}
     fills = trader.all_of("trades", runs)
-    balance = trader.get("/balance")
+    balance, portfolio = trader.get("/balance"), trader.get("/portfolio")
     assert balance["buying_power"] == balance["cash_balance"] - balance["reserved_cash"]
     assert trader.get("/account/audit")["differences"] == []
     return {
         "outcomes": [numbers.get(outcome, outcome) for outcome in outcomes],
         "cash": balance["cash_balance"],
         "reserved": balance["reserved_cash"],
+        "realized": portfolio["realized_pnl"],
         "holdings": {
             h["ticker"]: (h["quantity"], h["cost_basis"], h["available_quantity"])
-            for h in trader.get("/portfolio")["holdings"]
+            for h in portfolio["holdings"]
         },
         "fills": [
             {
@@ -290,6 +291,7 @@ def seen(trader, outcomes, runs) -> dict:
                 "realized": fill["realized_pnl"],
                 "ratio": fill["ratio"],
                 "reason": fill["reason"],
+                "source": fill["price_source"],
             }
             for fill in fills
         ],
@@ -307,7 +309,7 @@ def seen(trader, outcomes, runs) -> dict:
 
 SAME = (
     *("run", "ticker", "action", "order_type", "status", "quantity", "limit_price", "stop_price"),
-    *("reserved_cash", "price"),
+    *("trail_percent", "trail_amount", "reserved_cash", "price"),
 )
 
 
