@@ -71,8 +71,9 @@ class Broker:
     # What the market asks.
 
     def price(self, ticker):
-        if ticker in self.pins:
-            return self.pins[ticker]
+        return self.pins.get(ticker) or self.close_of(ticker)
+
+    def close_of(self, ticker):
         rows = self.tape.get(ticker, {})
         past = [time for time in rows if time <= self.clock]
         if not past:
@@ -467,14 +468,14 @@ class Broker:
         quantity, _ = self.holding(ticker)
         total = down(quantity * dollars)
         if quantity and self.cash() + total < MOST:
-            self.record(ticker, "dividend", quantity, total, price=dollars, market=self.price(ticker))
+            self.record(ticker, "dividend", quantity, total, price=dollars, market=self.close_of(ticker))
 
     def split(self, ticker, ratio):
         """Nothing happens to an account that would be too rich then."""
         quantity, _ = self.holding(ticker)
         new = quantity * ratio
         if quantity:
-            price = self.price(ticker)
+            price = self.close_of(ticker)
             total = down((new - down(new)) * price)
             if max(down(new), self.cash() + total) >= MOST:
                 return
