@@ -71,6 +71,7 @@ class Broker(NamedTuple):
     replace: Callable
     cancel: Callable
     history: Callable
+    at_the_market: Callable
 
 
 broker: Broker = LocalProxy(lambda: current_app.extensions["broker"])
@@ -285,8 +286,7 @@ Sort = Annotated[Literal["asc", "desc"], BeforeValidator(in_lower_case)]
 
 def valued() -> tuple[Account, PortfolioAnswer]:
     """The account, and its holdings at the market."""
-    account, holdings = Account.with_holdings(g.user_id, g.key_hash)
-    quotes = broker.market.quotes([holding.ticker for holding in holdings], account)
+    account, holdings, quotes = broker.at_the_market()
     return account, account.portfolio(holdings, quotes)
 
 
@@ -396,8 +396,12 @@ def dates_of(points: list[dict], moment: datetime) -> list[datetime]:
     return dates[::-1]
 
 
+ACTIVITIES = {"FILL": ["buy", "sell"], "DIV": ["dividend"], "SPLIT": ["split"], "JNLC": ["correction"]}
+"""Alpaca's types of activities, and the trades here that are such."""
+
+
 class ActivitiesAsked(Asked):
-    activity_types: str = "FILL"
+    activity_types: str = ",".join(ACTIVITIES)
     after: Moment = None
     until: Moment = None
     date: Moment = None
@@ -410,17 +414,34 @@ class ActivitiesAsked(Asked):
 @face.get("/v2/account/activities/<activity>")
 @takes(query=ActivitiesAsked)
 def activities(asked: ActivitiesAsked, activity: str = "") -> list[dict]:
-    """What was bought and sold; no other activity exists here."""
-    if "FILL" not in (activity or asked.activity_types).upper().split(","):
-        return []
+    """What was bought and sold, and splits, dividends and an admin's corrections."""
+    kinds = (activity or asked.activity_types).upper().split(",")
+    types = [trade_type for kind in kinds for trade_type in ACTIVITIES.get(kind, ())]
     since, until = as_moment(asked.after), as_moment(asked.until)
     if asked.date:
         since = as_moment(asked.date)
         until = since + timedelta(days=1)
-    filters = {"since": since, "until": until, "ticker": None, "action": None, "run": g.account.run}
+    filters = {"since": since, "until": until, "ticker": None, "action": types, "run": g.account.run}
     cursor = number_in(asked.page_token.rpartition("::")[2], TRADE_IDS) or None
     page = {"cursor": cursor, "limit": asked.page_size, "oldest_first": asked.direction == "asc"}
-    return [fill_out(trade) for trade in Trade.page(g.user_id, **filters, **page)]
+    return [activity_out(trade) for trade in Trade.page(g.user_id, **filters, **page)]
+
+
+def activity_out(trade: Trade) -> dict:
+    if trade.trade_type in ACTIVITIES["FILL"]:
+        return fill_out(trade)
+    (kind,) = [kind for kind, types in ACTIVITIES.items() if trade.trade_type in types]
+    return {
+        "id": f"{trade.created_at:%Y%m%d%H%M%S}000::{uuid_of(TRADE_IDS, trade.id)}",
+        "activity_type": kind,
+        "date": trade.created_at.date().isoformat(),
+        "net_amount": text(trade.total_amount),
+        "symbol": symbol_of(trade.ticker),
+        "qty": text(trade.quantity if trade.trade_type == "dividend" else trade.change),
+        "per_share_amount": text(trade.price) if trade.trade_type == "dividend" else None,
+        "description": trade.reason or trade.ratio or "",
+        "status": "executed",
+    }
 
 
 def fill_out(trade: Trade) -> dict:

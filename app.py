@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar
@@ -51,7 +51,8 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 import alpaca_face
 import openapi
 import public
-from database import OutcomeUnknown, db, transaction, use_database
+from corporate import CorporateAction
+from database import READ_ONLY, OutcomeUnknown, db, transaction, use_database
 from messages import (
     ACCOUNT_LIMIT,
     ORDER_LIMIT,
@@ -63,6 +64,7 @@ from messages import (
     ChangedOrder,
     Clock,
     ClosedAccount,
+    Correction,
     DatabaseHealth,
     ExactJSON,
     Filters,
@@ -126,7 +128,7 @@ from pricing import (
     no_such_ticker,
     yahoo_is_reachable,
 )
-from recorded import FIELDS, BadFile, ticker_from
+from recorded import ONE, BadFile, Bar, ticker_from, written
 from results import AuditAnswer, Books, HistoryAnswer
 from settings import read_settings
 
@@ -286,7 +288,14 @@ class Simulator(Flask):
                 time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
 
 
-REPEATABLE = ("trade", "place_order", "replace_order", "alpaca.place_order", "alpaca.replace_order")
+REPEATABLE = (
+    "trade",
+    "correct",
+    "place_order",
+    "replace_order",
+    "alpaca.place_order",
+    "alpaca.replace_order",
+)
 REPEATABLE += ("alpaca.close_position", "alpaca.close_positions")
 """They look up first whether their key has been used."""
 
@@ -325,7 +334,7 @@ YAHOO_FOLDER = os.path.join(app.instance_path, "yfinance")
 
 if PRICE_SOURCES == ["sample"]:
     try:
-        market = SampleMarket(settings.SAMPLE_MARKET or SAMPLE_FILE)
+        market = SampleMarket(settings.SAMPLE_MARKET or SAMPLE_FILE, settings.CORPORATE_ACTIONS)
     except (BadFile, OSError) as error:
         raise SystemExit(f"SAMPLE_MARKET cannot be used: {error}") from None
 else:
@@ -337,6 +346,7 @@ else:
         [sources[s] for s in PRICE_SOURCES if s in sources],
         settings.PRICE_CACHE_SECONDS,
         settings.MAX_PRICE_AGE_DAYS,
+        settings.CORPORATE_ACTIONS,
     )
     if not market.sources:
         sys.exit("PRICE_SOURCES=alphavantage cannot be used without ALPHAVANTAGE_API_KEY.")
@@ -476,53 +486,58 @@ def admit() -> None:
         raise Refused("forbidden", "Accounts are managed with the server's ADMIN_API_KEY, if it has one.")
     if is_admin and not is_admins_path:
         raise Refused("forbidden", "The admin's key manages accounts; it has none of its own to trade with.")
-    if account and account.settled_at:
+    if account:
         g.account = up_to_date(account, g.key_hash)
 
 
 def up_to_date(account: Account, key_hash: str) -> Account:
-    """The account, once its open orders have seen all prices: before anything of it is read."""
+    """The account, once its open orders have seen all prices and its splits and dividends are booked: before
+    anything of it is read. A standby, which takes no writes, tells it as it is.
+    """
     if not market.has_moved(account):  # Asked before the lock: no locked row waits for Yahoo.
         return account
     is_settled = False
     while not is_settled:
-        with suppress(OutcomeUnknown):  # Whatever came of it, we look again.
-            with transaction(account.user_id):
-                locked(account.user_id, key_hash)
-            is_settled = True
+        try:
+            with suppress(OutcomeUnknown):  # Whatever came of it, we look again.
+                with transaction(account.user_id):
+                    locked(account.user_id, key_hash)
+                is_settled = True
+        except InternalError as error:
+            if account.settled_at or getattr(error.orig, "pgcode", None) != READ_ONLY:
+                raise
+            return account
     log_fills()
     return Account.with_key(key_hash) or account
 
 
 def locked(user_id: int, key_hash: str, ticker: str = "", order_key: str = "") -> Account:
-    """The account, locked, its open orders settled: whatever reads or changes one begins here."""
+    """The account, locked, and all that the market brought it booked: whatever reads or changes one begins
+    here."""
     account = Account.locked(user_id, key_hash, ticker, order_key)
-    if account.orders:
-        catch_up(account)
+    catch_up(account)
     return account
 
 
 def catch_up(account: Account) -> None:
-    """Show its open orders all prices since they last saw some."""
-    if market.is_sample and not market.has_moved(account):  # Live it would ask Yahoo, and the lock is held.
-        return
-    moment = now()
-    show(account, market.since_settled(account, moment), moment)
+    """Show its open orders all prices since they last saw some, and book its splits and dividends."""
+    if market.may_have_moved(account):
+        moment = now()
+        show(account, market.since_settled(account, moment), moment)
 
 
 def show(account: Account, ticks: Iterable[Tick], moment: datetime) -> list[Trade]:
-    """Show `ticks` to its open orders; answers the trades that come of it."""
-    if not account.orders:
-        return []
+    """Show `ticks` to its open orders and its holdings; answers the trades that come of it."""
     trades = account.settle(ticks, market.day, COSTS, moment)
     g.filled = [*g.get("filled", ()), *trades]
     return trades
 
 
 def log_fills() -> None:
-    """One line a fill, once it is committed."""
+    """One line for each trade that open orders, splits and dividends brought, once it is committed."""
     for trade in g.pop("filled", ()):
-        app.logger.info("order %s is filled by %s", trade.order_id, trade)
+        why = f"order {trade.order_id} is filled by " if trade.order_id else ""
+        app.logger.info("%s%s", why, trade)
 
 
 @cache
@@ -576,8 +591,9 @@ def set_clock(clock: Clock) -> MarketAnswer:
         raise invalid([{"field": "at", "message": f"must be a time {span}"}])
     with transaction(g.user_id):
         account, moment = locked(g.user_id, g.key_hash), now()
-        account.stop_clock(at and market.bar_at(at))
-        show(account, market.landing(account, moment), moment)
+        left = market.time(account, moment)
+        account.stop_clock(at and market.bar_at(at), moment)
+        show(account, market.landing(account, moment, left), moment)
         return market_of(account)  # Read before it is committed: so it is safe to repeat.
 
 
@@ -745,9 +761,18 @@ def portfolio() -> PortfolioAnswer:
 
     A holding whose price cannot be had in time shows `null` there, as do the totals that need it.
     """
+    account, holdings, quotes = at_the_market()
+    return account.portfolio(holdings, quotes)
+
+
+def at_the_market() -> tuple[Account, Sequence, dict[str, Quote]]:
+    """Your account, its holdings and what they cost; a split that came with a price is booked."""
     account, holdings = Account.with_holdings(g.user_id, g.key_hash)
     quotes = market.quotes([holding.ticker for holding in holdings], account)
-    return account.portfolio(holdings, quotes)
+    if not market.is_sample and CorporateAction.latest() > account.actions_seen:
+        up_to_date(Account.with_key(g.key_hash), g.key_hash)
+        account, holdings = Account.with_holdings(g.user_id, g.key_hash)
+    return account, holdings, quotes
 
 
 @app.post("/api/v1/trade")
@@ -811,8 +836,7 @@ def quote_for(account: Account, ticker: str, quote: Quote | Refused) -> Quote | 
     if (account.market_clock, account.pin_changes) == (seen.market_clock, seen.pin_changes):
         return quote
     quote = market.look_up(ticker, account)
-    if account.settled_at:
-        catch_up(account)  # For the minute may have changed as well.
+    catch_up(account)  # For the minute may have changed as well.
     return quote
 
 
@@ -1086,13 +1110,13 @@ def account_history(options: HistoryOptions) -> HistoryAnswer:
 
 def history(number: int | None, resolution: Resolution) -> HistoryAnswer:
     """How that run went, or without a number the current one."""
+    *_, quotes = at_the_market()  # First, as with a price may come a split.
     books = Books.of(g.user_id)
     account, number = books.account, number or books.account.run
     if number not in books.runs:
         raise Refused("not_found", f"Your account has no run {number}.")
     run, portfolio = books.runs[number], None
     if run is account:
-        quotes = market.quotes([holding.ticker for holding in books.holdings], account)
         portfolio = account.portfolio(books.holdings, quotes)
         moment = now()
         market_time = market.time(account, moment)
@@ -1109,6 +1133,12 @@ def audit() -> AuditAnswer:
     return Books.of(g.user_id).audit(market.has_asked)
 
 
+BOOKED_BY_ITSELF = (
+    "A split multiplies what was held before its day, the cost stays, and open orders follow its ratio.",
+    "A dividend is paid in cash for what was held before its day.",
+)
+
+
 @app.get("/api/v1/rules")
 @takes()
 def rules() -> RulesAnswer:
@@ -1123,6 +1153,7 @@ def rules() -> RulesAnswer:
             "A trade is booked in full and at once, or not at all.",
             "An order may rest: what it may cost is held back, and only later prices fill it.",
             "A limit is filled at its limit, a stop at its stop or where the market opens beyond it.",
+            *BOOKED_BY_ITSELF[: 2 * settings.CORPORATE_ACTIONS],
         ],
         "order_types": list(get_args(OrderType)),
         "costs": {
@@ -1140,6 +1171,7 @@ def rules() -> RulesAnswer:
         "starting_cash": settings.STARTING_CASH,
         "price_sources": PRICE_SOURCES,
         "price_cache_seconds": BAR_SECONDS if market.is_sample else settings.PRICE_CACHE_SECONDS,
+        "corporate_actions": settings.CORPORATE_ACTIONS,
     }
 
 
@@ -1178,6 +1210,30 @@ def close_account(user_id: int) -> ClosedAccount:
     """Close an account: its key is refused from now on, its trades stay."""
     User.close(user_id)
     return {"user_id": user_id, "closed": True}
+
+
+@app.post("/api/v1/users/<int(max=9223372036854775807):user_id>/corrections")
+@takes(Correction, order_key=True)
+@refuses(
+    *("not_found", "insufficient_funds", "insufficient_shares", "limit_exceeded"),
+    *("idempotency_key_reused", "outcome_unknown"),
+)
+def correct(wanted: Correction, order_key: str, user_id: int) -> tuple[TradeAnswer, Literal[201]]:
+    """Change a holding and the cash of an account where no trade can: a share that was renamed, say.
+
+    It is a trade of its own type, which its owner sees with the `reason`. Shares that are added cost nothing,
+    those that are taken away take their part of the cost with them.
+    """
+    g.user_id, key_hash = user_id, User.key_hash_of(user_id)
+    with transaction(user_id):
+        account = locked(user_id, key_hash, wanted.ticker, order_key)
+        if earlier := earlier_under_key(account):
+            answer, headers = replay(earlier, earlier.is_for(wanted), type(earlier).to_dict)
+            return answer, 201, headers
+        g.tried = account.correct(wanted)
+        account.book(g.tried, account.holding(wanted.ticker), order_key)
+    request.environ["broker.booked"] = f" {g.tried}"
+    return g.tried.to_dict(), 201
 
 
 @app.get("/")
@@ -1223,7 +1279,9 @@ def alpaca_openapi_json() -> dict:
 
 
 # For bots that were written for Alpaca: the same books in its words.
-app.extensions["broker"] = alpaca_face.Broker(market, drillable(place), replace, cancel, history)
+app.extensions["broker"] = alpaca_face.Broker(
+    market, drillable(place), replace, cancel, history, at_the_market
+)
 app.register_blueprint(alpaca_face.face, url_prefix=alpaca_face.PREFIX)
 
 
@@ -1384,7 +1442,10 @@ def settle_all():
 @click.option("--period", default="1y", show_default=True, help="1mo, 6mo, 1y, 5y, max, ...")
 @click.option("--output", type=click.File("w", lazy=True), required=True, help="The CSV file to write.")
 def record(tickers: tuple[str, ...], period: str, output):
-    """Record daily bars of TICKERS from Yahoo, for SAMPLE_MARKET to replay."""
+    """Record daily bars of TICKERS from Yahoo, for SAMPLE_MARKET to replay, with their splits and dividends.
+
+    Prices are those of the day, as they were before any later split.
+    """
     yahoo, rows, warnings = Yahoo(YAHOO_FOLDER), {}, []
     with click.progressbar(tickers, label="Recording", item_show_func=str) as bar:
         for text in bar:
@@ -1397,10 +1458,12 @@ def record(tickers: tuple[str, ...], period: str, output):
             if odd:
                 warnings.append(f"{ticker}: left out {odd} days whose close is 0 to 8 decimals, or no price.")
             for day, bar_of_day in days.items():
-                numbers = ["" if number is None else plain(number) for number in bar_of_day]
-                rows[f"{day}T00:00:00Z", ticker] = numbers
+                *numbers, dividend, split = bar_of_day
+                row = ["" if number is None else plain(number) for number in numbers]
+                row += [plain(dividend) if dividend else "", written(split) if split != ONE else ""]
+                rows[f"{day}T00:00:00Z", ticker] = row
     writer = csv.writer(output, lineterminator="\n")
-    writer.writerow(["timestamp", "ticker", *FIELDS])
+    writer.writerow(["timestamp", "ticker", *Bar._fields[1:]])
     writer.writerows([*when_and_what, *numbers] for when_and_what, numbers in sorted(rows.items()))
     for warning in warnings:
         click.echo(warning, err=True)

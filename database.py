@@ -82,10 +82,16 @@ Id = Annotated[int, mapped_column(BigInteger().with_variant(sa.Integer, "sqlite"
 UserId = Annotated[int, mapped_column(ForeignKey("ibkr_users.id"))]
 
 
-def within(name: str, low: Decimal | int, high: Decimal) -> CheckConstraint:
-    """A CHECK that `low` <= the column `name` < `high`. The upper bound also keeps NaN out."""
+def within(name: str, low: Decimal | int, high: Decimal, signed_in: str | None = None) -> CheckConstraint:
+    """A CHECK that `low` <= the column `name` < `high`. The upper bound also keeps NaN out.
+
+    In trades of the type `signed_in` it may be below 0, down to -`high`.
+    """
     column = sa.column(name, EXACT)
-    return CheckConstraint(sa.and_(column >= Decimal(low), column < high), name=name)
+    checks = [column >= Decimal(low), column < high]
+    if signed_in:
+        checks = [sa.or_(checks[0], sa.column("trade_type") == signed_in), column > -high, checks[1]]
+    return CheckConstraint(sa.and_(*checks), name=name)
 
 
 class Base(DeclarativeBase):

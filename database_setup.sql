@@ -263,5 +263,68 @@ ALTER TABLE ibkr_balances ADD COLUMN settled_at TIMESTAMP WITH TIME ZONE;
 
 UPDATE alembic_version SET version_num='0011' WHERE alembic_version.version_num = '0010';
 
-COMMIT;
+-- Running upgrade 0011 -> 0012
 
+CREATE TABLE ibkr_corporate_actions (
+    number INTEGER NOT NULL, 
+    ticker VARCHAR(20) NOT NULL, 
+    kind VARCHAR(8) NOT NULL, 
+    ex_at TIMESTAMP WITH TIME ZONE NOT NULL, 
+    numerator BIGINT, 
+    denominator BIGINT, 
+    amount NUMERIC(20, 8), 
+    price NUMERIC(20, 8) NOT NULL, 
+    source VARCHAR(20) NOT NULL, 
+    published_at TIMESTAMP WITH TIME ZONE NOT NULL, 
+    CONSTRAINT pk_ibkr_corporate_actions PRIMARY KEY (number), 
+    CONSTRAINT uq_ibkr_corporate_actions_ticker_kind_ex_at UNIQUE (ticker, kind, ex_at), 
+    CONSTRAINT ck_ibkr_corporate_actions_kind CHECK (kind IN ('split', 'dividend')), 
+    CONSTRAINT ck_ibkr_corporate_actions_one_of_two CHECK ((kind = 'split') = (numerator IS NOT NULL) AND (kind = 'split') = (denominator IS NOT NULL) AND (kind = 'dividend') = (amount IS NOT NULL)), 
+    CONSTRAINT ck_ibkr_corporate_actions_ratio CHECK (numerator > 0 AND denominator > 0), 
+    CONSTRAINT ck_ibkr_corporate_actions_amount CHECK (amount >= 0.00000001 AND amount < 10000000000), 
+    CONSTRAINT ck_ibkr_corporate_actions_price CHECK (price >= 0.00000001 AND price < 10000000000)
+);
+
+ALTER TABLE ibkr_balances ADD COLUMN actions_seen INTEGER DEFAULT '0' NOT NULL;
+
+ALTER TABLE ibkr_balances ADD COLUMN acted_at TIMESTAMP WITH TIME ZONE;
+
+UPDATE ibkr_balances SET acted_at = CURRENT_TIMESTAMP;
+
+ALTER TABLE ibkr_trades ADD COLUMN ratio VARCHAR(40);
+
+ALTER TABLE ibkr_trades ADD COLUMN reason VARCHAR(300);
+
+ALTER TABLE ibkr_trades DROP CONSTRAINT ck_ibkr_trades_trade_type;
+
+ALTER TABLE ibkr_trades ADD CONSTRAINT ck_ibkr_trades_trade_type CHECK (trade_type IN ('buy', 'sell', 'split', 'dividend', 'correction'));
+
+ALTER TABLE ibkr_trades DROP CONSTRAINT ck_ibkr_trades_realized_on_sell;
+
+ALTER TABLE ibkr_trades ADD CONSTRAINT ck_ibkr_trades_realized_but_on_buy CHECK ((trade_type <> 'buy') = (realized_pnl IS NOT NULL));
+
+ALTER TABLE ibkr_trades ADD CONSTRAINT ck_ibkr_trades_ordered CHECK ((order_type IS NOT NULL) = (trade_type IN ('buy', 'sell')));
+
+ALTER TABLE ibkr_trades ADD CONSTRAINT ck_ibkr_trades_priced CHECK ((price IS NULL) = (trade_type = 'correction') AND (market_price IS NULL) = (trade_type = 'correction'));
+
+ALTER TABLE ibkr_trades ADD CONSTRAINT ck_ibkr_trades_explained CHECK ((ratio IS NOT NULL) = (trade_type = 'split') AND (reason IS NOT NULL) = (trade_type = 'correction'));
+
+ALTER TABLE ibkr_trades DROP CONSTRAINT ck_ibkr_trades_quantity;
+
+ALTER TABLE ibkr_trades ADD CONSTRAINT ck_ibkr_trades_quantity CHECK ((quantity >= 0.00000001 OR trade_type = 'correction') AND quantity > -90000000000 AND quantity < 90000000000);
+
+ALTER TABLE ibkr_trades DROP CONSTRAINT ck_ibkr_trades_total_amount;
+
+ALTER TABLE ibkr_trades ADD CONSTRAINT ck_ibkr_trades_total_amount CHECK ((total_amount >= 0 OR trade_type = 'correction') AND total_amount > -90000000000 AND total_amount < 90000000000);
+
+ALTER TABLE ibkr_trades ALTER COLUMN trade_type TYPE VARCHAR(10);
+
+ALTER TABLE ibkr_trades ALTER COLUMN order_type DROP NOT NULL;
+
+ALTER TABLE ibkr_trades ALTER COLUMN price DROP NOT NULL;
+
+ALTER TABLE ibkr_trades ALTER COLUMN market_price DROP NOT NULL;
+
+UPDATE alembic_version SET version_num='0012' WHERE alembic_version.version_num = '0011';
+
+COMMIT;

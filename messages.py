@@ -202,6 +202,19 @@ def checked_cash(value) -> Decimal:
     return abs(checked_amount(value, least=Decimal(0), limit=ACCOUNT_LIMIT))  # JSON knows -0
 
 
+def checked_change(value) -> Decimal:
+    """By how much the admin changes a holding or the cash, up or down, to 8 decimals."""
+    amount = checked_decimal(value)
+    size = checked_amount(amount.copy_abs(), least=Decimal(0), limit=ACCOUNT_LIMIT)
+    return -size if size and amount < 0 else size
+
+
+def checked_reason(text: str) -> str:
+    if not 1 <= len(text.strip()) <= 300 or not text.isprintable():
+        raise ValueError("must be a sentence of 1 to 300 characters")
+    return text.strip()
+
+
 def checked_email(text: str) -> str:
     if len(text) > 254 or not re.fullmatch(EMAIL, text):
         raise ValueError("must be an email address such as alice@example.com")
@@ -257,6 +270,8 @@ Tickers = Annotated[
 ]
 Action = Literal["buy", "sell"]
 ActionWord = Annotated[Action, BeforeValidator(in_lower_case), means("In any case")]
+TradeType = Literal["buy", "sell", "split", "dividend", "correction"]
+TradeTypeWord = Annotated[TradeType, BeforeValidator(in_lower_case), means("In any case")]
 Resolution = Literal["trade", "day", "bar"]
 ResolutionWord = Annotated[Resolution, BeforeValidator(in_lower_case)]
 OrderAmount = Annotated[Decimal, BeforeValidator(checked_amount), number_below(ORDER_LIMIT)]
@@ -272,6 +287,12 @@ Notional = Annotated[
     Decimal, BeforeValidator(lambda dollars: checked_amount(dollars, ROUND_FLOOR)), number_below(ORDER_LIMIT)
 ]
 Cash = Annotated[Decimal, BeforeValidator(checked_cash), number_below(ACCOUNT_LIMIT, least=0)]
+SignedAmount = Annotated[
+    Decimal,
+    BeforeValidator(checked_change),
+    WithJsonSchema({"type": ["number", "string"], "description": "Up or down, in 8 decimals"}),
+]
+Reason = Annotated[str, AfterValidator(checked_reason), Field(max_length=300)]
 Email = Annotated[str, AfterValidator(checked_email), text_like(EMAIL, maxLength=254)]
 ApiKey = Annotated[str, AfterValidator(checked_key), text_like(API_KEY)]
 RequestedTime = Annotated[datetime, BeforeValidator(moment_from)]
@@ -488,7 +509,7 @@ class Filters(RunOption):
     """Which trades to show."""
 
     ticker: Ticker = None
-    action: ActionWord = None
+    action: TradeTypeWord = means("Of which type, in any case", default=None)
     since: RequestedTime = Field(None, description="The earliest time to show, inclusive")
     until: RequestedTime = Field(None, description="The time before which to show, exclusive")
 
@@ -521,6 +542,21 @@ class Reset(Asked):
 class NewAccount(Reset):
     email: Email = Field(examples=["alice@example.com"])
     key: ApiKey | None = None
+
+
+class Correction(Asked):
+    """What is to change in an account."""
+
+    ticker: Ticker = means("Whose holding changes", examples=["AAPL"])
+    quantity: SignedAmount = means("Shares or coins to add, or below 0 to take away", default=Decimal(0))
+    cash: SignedAmount = means("Dollars to add, or below 0 to take away", default=Decimal(0))
+    reason: Reason = means("Why, for all to read", examples=["FB is called META now"])
+
+    @model_validator(mode="after")
+    def changes_something(self):
+        if not self.quantity and not self.cash:
+            raise ValueError("give a quantity or cash to change")
+        return self
 
 
 class Clock(BaseModel):
@@ -563,6 +599,7 @@ RunNumber = Annotated[int, means("Counts how often the account has started over"
 Symbol = Annotated[str, means("Ticker", examples=["AAPL"])]
 Secret = Annotated[str, means("The API key; it is shown this once")]
 Source = Literal["yahoo_finance", "yahoo", "alphavantage", "sample"]
+SourceOrAdmin = Literal["yahoo_finance", "yahoo", "alphavantage", "sample", "admin"]
 Health = Literal["healthy", "unhealthy"]
 Decimals = Annotated[int, means("Decimals at the most")]
 
@@ -612,6 +649,7 @@ class RulesAnswer(TypedDict):
     starting_cash: Dollars
     price_sources: list[Source]
     price_cache_seconds: Annotated[int, means("How long a quote holds")]
+    corporate_actions: Annotated[bool, means("Whether splits and dividends are booked")]
 
 
 class BarAnswer(TypedDict):

@@ -10,6 +10,7 @@ The books obey one equation for each run of each account, to the last digit, alw
 """
 
 import hashlib
+import logging
 import secrets
 from collections import namedtuple
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, make_transient_to_detached, mapped_column
 from typing_extensions import TypedDict
 
+from corporate import CorporateAction, ratio_from, ratio_text, times
 from database import (
     NAME_IS_TAKEN,
     NO_SUCH_NAME,
@@ -47,8 +49,8 @@ from messages import (
     ACCOUNT_LIMIT,
     ORDER_LIMIT,
     UNIT,
-    Action,
     ChangedOrder,
+    Correction,
     Dollars,
     MarketAnswer,
     NewOrder,
@@ -60,8 +62,10 @@ from messages import (
     Shares,
     Sized,
     Source,
+    SourceOrAdmin,
     Symbol,
     Time,
+    TradeType,
     UserNumber,
     checked,
     invalid,
@@ -76,6 +80,8 @@ from messages import (
     value_of,
 )
 from orders import ORDERS_LIMIT, DayOf, Passed, PlacedOrder, Tick, settle
+
+log = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------- Users
 
@@ -120,7 +126,8 @@ class User(db.Model):
                 db.session.add(user)
                 db.session.flush()  # Which gives it its id.
                 cash = {"cash_balance": cash, "starting_cash": cash}
-                account = Account(user_id=user.id, run=1, updated_at=now(), pin_changes=0, **cash)
+                seen = {"actions_seen": CorporateAction.latest(), "acted_at": now(), "pin_changes": 0}
+                account = Account(user_id=user.id, run=1, updated_at=now(), **seen, **cash)
                 db.session.add(account)
                 Stretch.begin(account)
         except IntegrityError as taken:
@@ -134,6 +141,14 @@ class User(db.Model):
         if user_id is None:
             raise Refused("not_found", f"There is no open account of {email}.")
         return user_id
+
+    @classmethod
+    def key_hash_of(cls, user_id: int) -> str:
+        """The hash of the key of that open account; `Refused` if there is none."""
+        key_hash = db.session.scalar(sa.select(cls.api_key_hash).filter_by(id=user_id, closed_at=None))
+        if key_hash is None:
+            raise Refused("not_found", f"There is no open account with the id {user_id}.")
+        return key_hash
 
     @classmethod
     def all(cls) -> Sequence[tuple["User", Decimal]]:
@@ -271,29 +286,36 @@ class TradeAnswer(TypedDict):
     id: Annotated[str | None, means("The trade's number; `null` when rehearsed", examples=["42"])]
     user_id: UserNumber
     ticker: Symbol
-    trade_type: Action
-    quantity: Shares
-    price: Annotated[Price, means("What it was booked at, in dollars")]
-    total_amount: Annotated[Dollars, means("Quantity x price, in dollars")]
+    trade_type: TradeType
+    quantity: Annotated[Shares, means("Shares or coins; of a split or dividend those it is for")]
+    price: Annotated[Price | None, means("What it was booked at, in dollars; a dividend's for one share")]
+    total_amount: Annotated[Dollars, means("Quantity x price, in dollars; what a split rounds off, in cash")]
     commission: Annotated[Dollars, means("What the broker took, in dollars")]
-    realized_pnl: Annotated[Dollars | None, means("The profit of a sale, in dollars")]
+    realized_pnl: Annotated[Dollars | None, means("Its profit, in dollars; a purchase has none")]
     cash_balance: Annotated[Dollars, means("Cash after it, in dollars")]
-    market_price: Annotated[Price, means("What the market asked, in dollars")]
-    price_source: Source
+    market_price: Annotated[Price | None, means("What the market asked, in dollars")]
+    price_source: SourceOrAdmin
     timestamp: Annotated[Time, means("When it was booked")]
     market_time: Annotated[Time, means("The market's own time of the price that it was judged by")]
     run: RunNumber
     order_id: Annotated[str | None, means("The resting order that it filled, if it did")]
+    ratio: Annotated[str | None, means("A split's: new shares for old ones", examples=["10:1"])]
+    reason: Annotated[str | None, means("A correction's, in the admin's words")]
     dry_run: NotRequired[Annotated[bool, means("Only rehearsed")]]
 
 
 class Trade(db.Model):
-    """One purchase or sale, booked for ever: rows are added, never changed.
+    """One purchase or sale, booked for ever: rows are added, never changed. So are a split, a dividend, and
+    what an admin corrects.
 
     `price` is what the trade was booked at, `market_price` what the market asked at that moment; both
     in dollars. `realized_pnl` is the profit of a sale: total - commission - the cost of what was sold.
     `asked` is what its order said instead of a quantity (`all`, or `notional 1000`), and `order_id` the
     resting order that it filled, where there is one.
+
+    A split (`ratio`) and a dividend (`price`, for one share) are for the `quantity` that was held before,
+    and `total_amount` is the cash that they bring. A correction has no price: its `quantity` and
+    `total_amount` are what it adds, or takes away. None of the three is of an order.
     """
 
     __tablename__ = "ibkr_trades"
@@ -302,31 +324,46 @@ class Trade(db.Model):
     user_id: Mapped[UserId]
     run: Mapped[int]
     ticker: Mapped[str] = mapped_column(sa.String(20))
-    trade_type: Mapped[str] = mapped_column(sa.String(4))
-    order_type: Mapped[str] = mapped_column(sa.String(6))
+    trade_type: Mapped[str] = mapped_column(sa.String(10))
+    order_type: Mapped[str | None] = mapped_column(sa.String(6))
     quantity: Mapped[Quantity]
-    price: Mapped[Amount]
+    price: Mapped[Amount | None]
     total_amount: Mapped[Amount]
     commission: Mapped[Amount]
     realized_pnl: Mapped[Amount | None]
     cash_after: Mapped[Amount]
-    market_price: Mapped[Amount]
+    market_price: Mapped[Amount | None]
     price_source: Mapped[str] = mapped_column(sa.String(20))
     idempotency_key: Mapped[str] = mapped_column(sa.String(255))
     asked: Mapped[str | None] = mapped_column(sa.String(40))
     order_id: Mapped[int | None] = mapped_column(BigInteger)
+    ratio: Mapped[str | None] = mapped_column(sa.String(40))
+    reason: Mapped[str | None] = mapped_column(sa.String(300))
     market_time: Mapped[Moment]
     created_at: Mapped[Moment]
 
     __table_args__ = (
         UniqueConstraint("user_id", "run", "idempotency_key"),
         Index(None, "user_id", "id"),
-        CheckConstraint("trade_type IN ('buy', 'sell')", name="trade_type"),
+        CheckConstraint(
+            "trade_type IN ('buy', 'sell', 'split', 'dividend', 'correction')", name="trade_type"
+        ),
         CheckConstraint("order_type IN ('limit', 'market')", name="order_type"),
-        CheckConstraint("(trade_type = 'sell') = (realized_pnl IS NOT NULL)", name="realized_on_sell"),
-        within("quantity", UNIT, ORDER_LIMIT),
+        CheckConstraint("(order_type IS NOT NULL) = (trade_type IN ('buy', 'sell'))", name="ordered"),
+        CheckConstraint("(trade_type <> 'buy') = (realized_pnl IS NOT NULL)", name="realized_but_on_buy"),
+        CheckConstraint(
+            "(price IS NULL) = (trade_type = 'correction') "
+            "AND (market_price IS NULL) = (trade_type = 'correction')",
+            name="priced",
+        ),
+        CheckConstraint(
+            "(ratio IS NOT NULL) = (trade_type = 'split') "
+            "AND (reason IS NOT NULL) = (trade_type = 'correction')",
+            name="explained",
+        ),
+        within("quantity", UNIT, ACCOUNT_LIMIT, signed_in="correction"),
         within("price", UNIT, ORDER_LIMIT),
-        within("total_amount", 0, ACCOUNT_LIMIT),
+        within("total_amount", 0, ACCOUNT_LIMIT, signed_in="correction"),
         within("commission", 0, ACCOUNT_LIMIT),
         within("realized_pnl", -ACCOUNT_LIMIT, ACCOUNT_LIMIT),
         within("cash_after", 0, ACCOUNT_LIMIT),
@@ -336,12 +373,19 @@ class Trade(db.Model):
 
     def __str__(self) -> str:
         """For the log."""
+        if self.trade_type not in ("buy", "sell"):
+            what = f"{self.trade_type} {self.ratio}" if self.ratio else self.trade_type
+            of = f"of {plain(self.quantity)} {self.ticker} and {plain(self.total_amount)} dollars"
+            return f"trade {self.id}: user {self.user_id} {what} {of}"
         price = "the market" if self.order_type == "market" else f"{self.price.normalize():f}"
         what = f"{self.trade_type} {self.quantity.normalize():f} {self.ticker} at {price}"
         return f"trade {self.id}: user {self.user_id} {what}"
 
     def is_for(self, order, *_) -> bool:
         """Whether it came of `order`: the same in meaning, whatever its bytes were."""
+        if isinstance(order, Correction):
+            asked = (order.ticker, "correction", order.quantity, order.cash, order.reason)
+            return asked == (self.ticker, self.trade_type, self.quantity, self.total_amount, self.reason)
         if not isinstance(order, Order):
             return False
         limit = self.price if self.order_type == "limit" else None
@@ -354,11 +398,22 @@ class Trade(db.Model):
         """The trade `trade_id`, if it is the user's own."""
         return db.session.scalar(sa.select(cls).filter_by(user_id=user_id, id=trade_id))
 
+    @property
+    def change(self) -> Decimal:
+        """By how much it changes its holding."""
+        return change_by(self)
+
     @classmethod
     def latest_in(cls, ticker: str, account: "Account") -> "Trade | None":
         """The last trade in `ticker` of the account's run."""
         own = sa.select(cls).filter_by(user_id=account.user_id, run=account.run, ticker=ticker)
-        return db.session.scalar(own.order_by(cls.id.desc()).limit(1))
+        return db.session.scalar(own.where(cls.market_price.is_not(None)).order_by(cls.id.desc()).limit(1))
+
+    @classmethod
+    def of_price_since(cls, moment: datetime, ticker: str, account: "Account") -> Sequence["Trade"]:
+        """The trades in `ticker` of the account's run at prices that the market had from a `moment` on."""
+        own = sa.select(cls).filter_by(user_id=account.user_id, run=account.run, ticker=ticker)
+        return db.session.scalars(own.where(cls.market_time >= moment)).all()
 
     @classmethod
     def page(
@@ -376,8 +431,8 @@ class Trade(db.Model):
             trades = trades.where(cls.id > cursor if oldest_first else cls.id < cursor)
         if ticker:
             trades = trades.where(cls.ticker == ticker)
-        if action:
-            trades = trades.where(cls.trade_type == action)
+        if action is not None:
+            trades = trades.where(cls.trade_type.in_([action] if isinstance(action, str) else action))
         if since:
             trades = trades.where(cls.created_at >= since)
         if until:
@@ -403,7 +458,17 @@ class Trade(db.Model):
             "market_time": self.market_time,
             "run": self.run,
             "order_id": self.order_id and str(self.order_id),
+            "ratio": self.ratio,
+            "reason": self.reason,
         }
+
+
+def change_by(trade: Trade | sa.Row) -> Decimal:
+    """By how much a trade changes its holding. A split's shares are rounded down to 8 decimals."""
+    if trade.trade_type == "split":
+        return times(trade.quantity, ratio_from(trade.ratio), ROUND_FLOOR) - trade.quantity
+    signs = {"buy": 1, "sell": -1, "dividend": 0, "correction": 1}
+    return trade.quantity * signs[trade.trade_type]
 
 
 # ------------------------------------------------------------------------------------- The markets
@@ -463,6 +528,8 @@ class Quote(db.Model):
 
     __table_args__ = (within("price", UNIT, ORDER_LIMIT),)
 
+    actions = ()  # The splits and dividends that its source told with it.
+
     @property
     def stale(self) -> bool:
         return self.refusal is not None
@@ -508,11 +575,21 @@ class Quote(db.Model):
         copied = {name: getattr(self, name) for name in same}
         return Quote(**copied, refusal=refusal, valid_until=valid_until)
 
+    @classmethod
+    def last_look(cls, ticker: str, source: str) -> datetime | None:
+        """When that source priced `ticker` last."""
+        return db.session.scalar(
+            sa.select(sa.func.max(cls.timestamp)).filter_by(ticker=ticker, source=source)
+        )
+
     def publish(self) -> bool:
-        """Make this quote that of all processes; False if another one came first with its `number`."""
+        """Make this quote that of all processes, with the splits and dividends that it is the first without;
+        False if another one came first with its `number`, or with one of theirs.
+        """
         try:
             with transaction():
                 db.session.add(self)
+                CorporateAction.publish(self.actions)
         except IntegrityError:
             return False
         return True
@@ -650,6 +727,12 @@ class Stretch(db.Model):
         return db.session.execute(sa.select(cls.__table__).filter_by(user_id=user_id).order_by(cls.id)).all()
 
 
+def in_lieu(split: Trade | sa.Row) -> Decimal:
+    """The cash for what a split's shares are rounded down by, in dollars."""
+    exact = split.quantity * ratio_from(split.ratio).numerator / ratio_from(split.ratio).denominator
+    return value_of(exact - split.quantity - change_by(split), split.price)
+
+
 class QuoteExpired(Exception):
     """The quote ran out while the request was under way."""
 
@@ -745,6 +828,8 @@ class Account(db.Model):
     Of its sample market, `market_clock` is where the clock stands, if it was stopped, and `pin_changes` is
     how many rows it has in `ibkr_pins`: whether a pin has moved is seen without reading them. `settled_at` is
     NULL where it has no open orders; else, while its clock runs, until when these have seen the prices.
+    Of splits and dividends, `actions_seen` is the number of the last published one that it has had, and
+    `acted_at` until when it has had the recorded ones, while its clock runs.
     """
 
     __tablename__ = "ibkr_balances"
@@ -757,12 +842,17 @@ class Account(db.Model):
     market_clock: Mapped[Moment | None]
     pin_changes: Mapped[int] = mapped_column(server_default="0")
     settled_at: Mapped[Moment | None]
+    actions_seen: Mapped[int] = mapped_column(server_default="0")
+    acted_at: Mapped[Moment | None]
 
     __table_args__ = (within("cash_balance", 0, ACCOUNT_LIMIT), within("starting_cash", 0, ACCOUNT_LIMIT))
 
-    # What a locked account knows besides: its open and held orders, and what was booked under a key before.
+    # What it knows besides: its open and held orders, what was booked under a key before (both when locked),
+    # and the number of the last split or dividend that was published for anybody.
     orders = ()
     earlier_trade = earlier_order = None
+    knows_all_held = False
+    latest_action = 0
 
     @property
     def reserved_cash(self) -> Decimal:
@@ -1076,13 +1166,21 @@ class Account(db.Model):
         self.are_settled(self.settled_at)
 
     def settle(self, ticks: Iterable[Tick], day_of: DayOf, costs: Costs, moment: datetime) -> list[Trade]:
-        """Show what has passed by `moment` to the working orders, and book what is due; answers the trades.
+        """Show what has passed by `moment` to the working orders, and book what is due, splits and dividends
+        too; answers the trades.
 
         All was held back, so a fill is refused only for a limit of the books, or a least commission above
         all the cash: then the order is canceled for that reason.
         """
         trades = []
-        for order, passed, market_price in settle(self.orders, ticks, day_of):
+        self.will_change()
+        for tick, due in settle(self.orders, ticks, day_of):
+            if isinstance(due, CorporateAction):
+                if not self.knows_all_held:
+                    self.know_holdings()
+                trades += self.undergo(due, costs, tick.shown_at or moment)
+                continue
+            order, passed, market_price = due
             holding = self.holding(order.ticker)
             price = order.own_price
             if not order.is_limit:
@@ -1094,6 +1192,7 @@ class Account(db.Model):
                 trades.append(self.fill_placed(order, price, quote, holding, costs))
             except Refused as refusal:
                 order.close("canceled", self.orders, refusal.detail)
+        self.acted_at = moment
         self.are_settled(moment)
         return trades
 
@@ -1101,6 +1200,122 @@ class Account(db.Model):
         """Write down until when its working orders have seen the prices, if there are any."""
         self.will_change()
         self.settled_at = moment if any(order.is_working for order in self.orders) else None
+
+    # Splits, dividends and corrections.
+
+    def undergo(self, action: CorporateAction, costs: Costs, moment: datetime) -> list[Trade]:
+        """Book what a split or a dividend does to the holding, at `moment`, and to open orders.
+
+        Answers the trade, if anything was held. What would come to a limit of the books is left away.
+        """
+        self.actions_seen = max(self.actions_seen, action.number or 0)
+        holding = self.holding(action.ticker)
+        entitled, trades = self.entitled(action, holding), []
+        if entitled:
+            trade = Trade(
+                user_id=self.user_id,
+                run=self.run,
+                ticker=action.ticker,
+                trade_type=action.kind,
+                quantity=entitled,
+                price=action.amount or action.price,
+                total_amount=value_of(entitled, action.amount or Decimal(0)),
+                commission=Decimal(0),
+                market_price=action.price,
+                price_source=action.source,
+                market_time=action.ex_at,
+                created_at=moment,
+            )
+            if action.kind == "split":
+                trade.ratio = ratio_text(action.ratio)
+                trade.total_amount = in_lieu(trade)
+            try:
+                self.receive(trade, holding)
+            except Refused as refusal:
+                log.warning("user %s: %s is left away: %s", self.user_id, action, refusal.detail)
+                return []
+            trade.cash_after = self.cash_balance
+            # No client's key has such a sign: whoever would book it again is refused by the database.
+            self.book(trade, holding, f"\N{SECTION SIGN} {action.number or uuid4()}")
+            trades.append(trade)
+        if action.kind == "split":
+            self.split_orders(action, holding, costs)
+        return trades
+
+    def entitled(self, action: CorporateAction, holding: Holding) -> Decimal:
+        """The shares that a split or a dividend is for: those held before its `ex_at`.
+
+        A recorded one comes when the account's clock does, before anything is traded there. A published one
+        may be late: what was traded meanwhile was traded at prices without it. Of a late split that takes
+        shares away no more can go than there are.
+        """
+        if action.number is None:
+            return holding.quantity
+        since = Trade.of_price_since(action.ex_at, action.ticker, self)
+        before = max(holding.quantity - sum(trade.change for trade in since), Decimal(0))
+        takes_away = action.kind == "split" and action.ratio < 1
+        return min(before, holding.quantity) if takes_away else before
+
+    def receive(self, trade: Trade, holding: Holding) -> None:
+        """Take in what is neither bought nor sold: its shares, which cost nothing, and its cash.
+
+        Its profit is that cash, less what shares cost that a correction takes away, or that are the last.
+        """
+        change, cash, taken = trade.change, trade.total_amount, Decimal(0)
+        if trade.trade_type == "correction":
+            taken = max(-change, Decimal(0))
+            self.need_shares(taken, holding)
+            self.need_cash(-cash)
+        left = holding.quantity + change
+        if max(left, self.cash_balance + cash) >= ACCOUNT_LIMIT:
+            raise Refused(
+                "limit_exceeded", f"A holding and cash stay below {ACCOUNT_LIMIT}.", limit=ACCOUNT_LIMIT
+            )
+        cost = holding.cost_of(taken) if left else holding.cost_basis
+        if cash - cost < -ACCOUNT_LIMIT:
+            raise Refused("limit_exceeded", f"A loss ends at {ACCOUNT_LIMIT}.", limit=ACCOUNT_LIMIT)
+        holding.remove(-change, cost)
+        trade.realized_pnl = cash - cost
+        self.cash_balance += cash
+
+    def split_orders(self, action: CorporateAction, holding: Holding, costs: Costs) -> None:
+        """Have open orders ask for the same in new shares, and hold back anew what that may cost."""
+        orders = [order for order in self.orders if order.is_working and order.ticker == action.ticker]
+        if action.number is not None:  # A late one: what was placed meanwhile was meant in new shares.
+            orders = [order for order in orders if order.market_time < action.ex_at]
+        is_left = [order.split(action.ratio) for order in orders]
+        for order, is_possible in zip(orders, is_left, strict=True):
+            if not is_possible and order.is_working:
+                order.close(
+                    "canceled", self.orders, f"A split of {ratio_text(action.ratio)} leaves no such order."
+                )
+        for order in orders:
+            try:
+                if order.is_working:
+                    order.reserved_cash = Decimal(0)
+                    self.hold_back(order, holding, costs)
+            except Refused as refusal:
+                order.close("canceled", self.orders, refusal.detail)
+
+    def correct(self, wanted: Correction) -> Trade:
+        """Change the account as an admin wants it, where neither the market nor a trade can."""
+        moment, holding = now(), self.holding(wanted.ticker)
+        trade = Trade(
+            user_id=self.user_id,
+            run=self.run,
+            ticker=wanted.ticker,
+            trade_type="correction",
+            quantity=wanted.quantity,
+            total_amount=wanted.cash,
+            commission=Decimal(0),
+            price_source="admin",
+            reason=wanted.reason,
+            market_time=moment,
+            created_at=moment,
+        )
+        self.receive(trade, holding)
+        trade.cash_after = self.cash_balance
+        return trade
 
     # The database.
 
@@ -1131,21 +1346,23 @@ class Account(db.Model):
             raise unauthorized()
         columns = found[0]._asdict()
         held = {name: columns.pop(name) or Decimal(0) for name in ("quantity", "cost_basis")}
-        earlier = {name: columns.pop(name) for name in ("earlier_trade", "earlier_order")}
         account = cls(**columns)
-        account.earlier_trade, account.earlier_order = earlier.values()
         account.held = {ticker: Holding(user_id=user_id, ticker=ticker, **held)}
         account.orders = PlacedOrder.working(user_id) if account.settled_at else []
         return account
 
     def holding(self, ticker: str) -> Holding:
         """What this locked account has of `ticker`; always the same object."""
-        if ticker not in self.held:
-            own = sa.select(Holding.quantity, Holding.cost_basis)
-            row = db.session.execute(own.filter_by(user_id=self.user_id, ticker=ticker)).first()
-            none = Holding.none(self.user_id, ticker)
-            self.held[ticker] = Holding(user_id=self.user_id, ticker=ticker, **row._asdict()) if row else none
-        return self.held[ticker]
+        if ticker not in self.held and not self.knows_all_held:
+            self.know_holdings(Holding.ticker == ticker)
+        return self.held.setdefault(ticker, Holding.none(self.user_id, ticker))
+
+    def know_holdings(self, *which) -> None:
+        """Read what this locked account holds, all of it in one statement, or those `which`."""
+        own = sa.select(Holding.ticker, Holding.quantity, Holding.cost_basis).filter_by(user_id=self.user_id)
+        for row in db.session.execute(own.where(*which)):
+            self.held.setdefault(row.ticker, Holding(user_id=self.user_id, **row._asdict()))
+        self.knows_all_held = not which
 
     @classmethod
     def cash_and_reserve(cls, user_id: int) -> tuple[Decimal, Decimal]:
@@ -1177,7 +1394,7 @@ class Account(db.Model):
         trade.idempotency_key = order_key
         if not holding.quantity:
             write_holding = DELETE_HOLDING
-        elif trade.trade_type == "buy" and holding.quantity == trade.quantity:
+        elif holding.quantity == trade.change:
             write_holding = INSERT_HOLDING  # There was none before.
         else:
             write_holding = UPDATE_HOLDING
@@ -1250,10 +1467,10 @@ class Account(db.Model):
         self.cash_balance = self.starting_cash = cash
         Stretch.begin(self)
 
-    def stop_clock(self, bar: datetime | None) -> None:
-        """Stop the clock of this account's sample market at `bar`, or let it run again."""
+    def stop_clock(self, bar: datetime | None, moment: datetime) -> None:
+        """Stop the clock of this account's sample market at `bar`, or let it run from that `moment` on."""
         self.will_change()
-        self.market_clock = bar
+        self.market_clock, self.acted_at = bar, moment
         Stretch.begin(self)
 
     def advance(self, bar: datetime) -> None:
@@ -1292,11 +1509,17 @@ TRADE_UNDER_KEY, ORDER_UNDER_KEY = (
 )
 ACCOUNT, TRADE_COLUMNS = Account.__table__.columns, Trade.__table__.columns.keys()
 
-ACCOUNT_WITH_KEY = sa.select(*ACCOUNT).join(User).where(HAS_THE_KEY)
+LATEST_ACTION = (
+    sa.select(sa.func.coalesce(sa.func.max(CorporateAction.number), sa.literal_column("0")))
+    .scalar_subquery()
+    .label("latest_action")
+)
+
+ACCOUNT_WITH_KEY = sa.select(*ACCOUNT, LATEST_ACTION).join(User).where(HAS_THE_KEY)
 LOCK_ACCOUNT = sa.select(Account.user_id).where(OWN_ACCOUNT).with_for_update()
 LOCKED_ACCOUNT = (
     sa.select(*ACCOUNT, Holding.quantity, Holding.cost_basis)
-    .add_columns(Trade.id.label("earlier_trade"), PlacedOrder.id.label("earlier_order"))
+    .add_columns(Trade.id.label("earlier_trade"), PlacedOrder.id.label("earlier_order"), LATEST_ACTION)
     .select_from(Account)
     .join(User)
     .outerjoin(Holding, OWN_HOLDING)

@@ -9,7 +9,8 @@ holdings is `Account.settle` in models.py; `Account.place` decides what is fille
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date, datetime
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from fractions import Fraction
 from typing import Annotated, Literal, NamedTuple
 
 import sqlalchemy as sa
@@ -18,6 +19,7 @@ from sqlalchemy import CheckConstraint, ForeignKey, Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 from typing_extensions import TypedDict
 
+from corporate import CorporateAction, times
 from database import Amount, Id, Moment, Quantity, UserId, db, within
 from messages import (
     ACCOUNT_LIMIT,
@@ -73,8 +75,22 @@ class Passed(NamedTuple):
         return cls(market_time, price, price, price, source, *more)
 
 
-Tick = tuple[datetime, dict[str, Passed]]
-"""A moment of the market, and what each ticker cost that had a price in it."""
+class Tick(NamedTuple):
+    """A moment of the market: the splits and dividends in force from then on, which come first, and what each
+    ticker cost that had a price in it. `shown_at` is when a running clock showed it, if not now."""
+
+    moment: datetime
+    prices: dict[str, Passed]
+    actions: Sequence[CorporateAction] = ()
+    shown_at: datetime | None = None
+
+
+class Due(NamedTuple):
+    """An order that is due and can be filled, with the price that makes it due, in dollars."""
+
+    order: "PlacedOrder"
+    passed: Passed
+    market_price: Decimal
 
 
 class OrderAnswer(TypedDict):
@@ -277,6 +293,16 @@ class PlacedOrder(db.Model):
         better = min if self.action == "buy" else max
         self.stop_price = stop if self.stop_price is None else better(self.stop_price, stop)
 
+    def split(self, ratio: Fraction) -> bool:
+        """Be for so many more shares, at prices so much lower; False if no order can be like that."""
+        prices = ("limit_price", "stop_price", "trail_amount")
+        self.quantity = times(self.quantity, ratio, ROUND_FLOOR)
+        for name in prices:
+            if price := getattr(self, name):
+                setattr(self, name, times(price, 1 / ratio))
+        amounts = [self.quantity, *(getattr(self, name) for name in prices)]
+        return all(UNIT <= amount < ORDER_LIMIT for amount in amounts if amount is not None)
+
     # What the audit asks.
 
     def is_filled_by(self, trade) -> bool:
@@ -424,15 +450,19 @@ DayOf = Callable[[str, datetime], date]
 
 def settle(
     orders: list[PlacedOrder], ticks: Iterable[Tick], day_of: DayOf
-) -> Iterator[tuple[PlacedOrder, Passed, Decimal]]:
+) -> Iterator[tuple[Tick, Due | CorporateAction]]:
     """Show `ticks` to the working `orders` of an account, and yield each that is due and can be filled.
 
-    With it comes the price that makes it due, in dollars. Whoever takes it closes it at once, filled or
-    canceled. Ticks come in the order of time, and within one orders are judged in the order of their ids;
-    one that goes live, or has been jumped over, is judged from the next step on.
+    Whoever takes it closes it at once, filled or canceled. Ticks come in the order of time, and within one
+    orders are judged in the order of their ids; one that goes live, or has been jumped over, is judged from
+    the next step on. Splits and dividends are yielded on the way, for whoever takes them to book.
     """
     calm = None
-    for moment, prices in ticks:
+    for tick in ticks:
+        moment, prices, *_ = tick
+        for action in tick.actions:
+            yield tick, action
+            calm = None  # A split moves what orders wait for.
         if calm is None:
             calm = calm_prices(orders)
             days = [order for order in orders if order.time_in_force == "day" and order.is_working]
@@ -464,7 +494,7 @@ def settle(
             else:
                 pair = order.pair_among(orders)
                 if not (pair and pair.can_fill(passed) and pair.goes_before(order, passed)):
-                    yield order, passed, market_price
+                    yield tick, Due(order, passed, market_price)
         for order in jumped:  # Afterwards, so that its pair is judged by what it was in this tick.
             order.is_triggered = order.status == "open"
 

@@ -12,17 +12,18 @@ import re
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise, takewhile
-from math import ceil
-from operator import attrgetter, itemgetter
+from math import ceil, prod
+from operator import attrgetter, itemgetter, mul
 from pathlib import Path
 from urllib.parse import quote as escaped
 from zoneinfo import ZoneInfo
@@ -31,6 +32,7 @@ import requests
 import sqlalchemy as sa
 from urllib3.exceptions import HTTPError
 
+from corporate import ACTIONS, CorporateAction, ratio_from, times
 from database import snapshot
 from messages import (
     ORDER_LIMIT,
@@ -45,7 +47,7 @@ from messages import (
 )
 from models import Account, Quote, Trade, bad_price
 from orders import Passed, PlacedOrder, Tick
-from recorded import EPOCH, FIELDS, VOLUME_LIMIT, Bar, read
+from recorded import EPOCH, FIELDS, ONE, TERM_LIMIT, VOLUME_LIMIT, ZERO, Bar, is_ratio, read
 from results import Past, Step
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,9 @@ PAUSE_SECONDS = 15
 """A source that failed for `FAILURES_TO_PAUSE` tickers in a row, or asked us to slow down, rests."""
 
 FAILURES_TO_PAUSE = 3
+
+LATE = timedelta(days=30)
+"""So late a split or a dividend may come to Yahoo and is booked all the same."""
 
 BAD_SECONDS = 60
 """How long it is remembered that a ticker is unknown or its price bad: asking Yahoo can cost 13 requests."""
@@ -229,8 +234,10 @@ class LiveMarket:
 
     is_sample = False
 
-    def __init__(self, app, sources: list["Source"], hold_seconds: int, max_age_days: int):
-        self.app = app
+    def __init__(
+        self, app, sources: list["Source"], hold_seconds: int, max_age_days: int, with_actions: bool = True
+    ):
+        self.app, self.with_actions = app, with_actions
         self.sources = sources
         self.yahoo = next((source for source in sources if isinstance(source, Yahoo)), None)
         self.hold = timedelta(seconds=hold_seconds)
@@ -327,11 +334,12 @@ class LiveMarket:
         Two processes cannot publish the same `number` of a ticker: who comes second takes what the
         first one published. So one quote at most is in force at any moment.
         """
+        quote = None
         while True:
             last = Quote.latest(ticker)
             if last and last.valid_until > now():
                 return last
-            quote = self.new_quote(ticker, last)
+            quote = quote or self.new_quote(ticker, last)
             quote.number = last.number + 1 if last else 1
             if quote.publish():
                 return quote
@@ -346,7 +354,7 @@ class LiveMarket:
         if last is None and until > now():
             raise refusal_of(ticker, code, until)
         try:
-            quote = self.quote_from_sources(ticker)
+            quote = self.quote_from_sources(ticker, last)
         except (NoSuchTicker, BadAnswer) as verdict:
             until = now() + timedelta(seconds=BAD_SECONDS)
             if last:
@@ -357,16 +365,24 @@ class LiveMarket:
         except SourceFailed as failure:
             raise no_price(ticker, failure.retry_after) from None
         quote.valid_until = quote.timestamp + self.hold
+        told = quote.actions if self.with_actions else ()
+        quote.actions = [action for action in told if is_credible(action, quote, last)]
         if quote.timestamp - quote.market_time > self.max_age:
             quote.refusal = "stale_price"
         return quote
 
-    def quote_from_sources(self, ticker: str) -> Quote:
-        """The quote of the first source that has one; else what the first of all raised."""
+    def quote_from_sources(self, ticker: str, last: Quote | None) -> Quote:
+        """The quote of the first source that has one; else what the first of all raised.
+
+        A source is told when it priced the ticker last: since then there may have been splits and dividends.
+        """
         failures = []
         for source in self.sources:
             try:
-                return source.quote(ticker)
+                since = last and last.timestamp
+                if last and last.source != source.name:
+                    since = Quote.last_look(ticker, source.name)
+                return source.quote(ticker, since)
             except (NoSuchTicker, SourceFailed) as failure:
                 failures.append(failure)
         first = failures[0]
@@ -408,8 +424,16 @@ class LiveMarket:
     def time(self, account=None, moment: datetime | None = None) -> datetime:
         return moment or now()
 
+    def may_have_moved(self, account: Account) -> bool:
+        """What `has_moved` says, as far as it is known without asking: there a lock is held."""
+        return bool(account.orders) or account.latest_action > account.actions_seen
+
     def has_moved(self, account: Account) -> bool:
-        """Whether there are prices that its open orders have not seen; asks for those that ran out."""
+        """Whether there are splits and dividends that the account has not had, or prices that its open orders
+        have not seen; asks for those that ran out.
+        """
+        if account.latest_action > account.actions_seen or not account.settled_at:
+            return account.latest_action > account.actions_seen
         moment, seen, ended = now(), {}, False
         with snapshot():
             orders = PlacedOrder.working(account.user_id)
@@ -422,15 +446,21 @@ class LiveMarket:
             return ended or bool(Quote.after(seen))
 
     def since_settled(self, account: Account, moment: datetime) -> list[Tick]:
-        """Each quote that was published since the account's open orders saw one, in the order of time."""
+        """Each quote that was published since the account's open orders saw one, and each split and dividend
+        that it has not had, in the order of time: they come with the quote that is the first without them.
+        """
         seen = {order.ticker: order.quote_number for order in account.orders if order.status == "open"}
         # A price that is published once more has its old time; none that is new to them is older than they.
-        placed = max(order.placed_at for order in account.orders)
-        quotes = [
-            (max(quote.timestamp, placed), {quote.ticker: self.passed_at(quote)})
+        placed = max((order.placed_at for order in account.orders), default=moment)
+        ticks = [
+            Tick(max(quote.timestamp, placed), {quote.ticker: self.passed_at(quote)})
             for quote in Quote.after(seen)
         ]
-        return [*quotes, (moment, {})]  # By which a day may have ended.
+        news = [
+            Tick(action.published_at, {}, [action]) for action in CorporateAction.after(account.actions_seen)
+        ]
+        ticks = sorted([*news, *ticks], key=attrgetter("moment"))
+        return [*ticks, Tick(moment, {})]  # By which a day may have ended.
 
     @staticmethod
     def passed_at(quote: Quote) -> Passed:
@@ -453,22 +483,35 @@ class LiveMarket:
         """The trades of a run, and the last published quote of each day (UTC) on which there was one.
 
         Only what it trades counts, from its first trade to `end`. All is valued at the quotes that had been
-        published by then.
+        published by then. A split is booked when somebody looks: until then the holding is one of old shares,
+        and so is the price.
         """
         quotes, waiting, prices = [], deque(past.trades), {}
+        splits = [trade for trade in past.trades if trade.trade_type == "split"]
+
+        def next_trade() -> Step:
+            trade = waiting.popleft()
+            if trade in splits:
+                splits.remove(trade)
+                prices[trade.ticker] = trade.price
+            return Step(trade.created_at, prices, trade)
+
+        def of_old_shares(quote: sa.Row) -> Decimal:
+            ahead = [s for s in splits if s.ticker == quote.ticker and s.market_time <= quote.timestamp]
+            return times(quote.price, prod(ratio_from(split.ratio) for split in ahead))
+
         if waiting:
             tickers = {trade.ticker for trade in waiting}
             quotes = Quote.published(tickers, waiting[0].created_at, end)
         last_of_days = {quote.timestamp.date(): quote for quote in quotes}
         for quote in quotes:
             while waiting and waiting[0].created_at < quote.timestamp:
-                trade = waiting.popleft()
-                yield Step(trade.created_at, prices, trade)
-            prices[quote.ticker] = quote.price
+                yield next_trade()
+            prices[quote.ticker] = of_old_shares(quote)
             if quote is last_of_days[quote.timestamp.date()]:
                 yield Step(quote.timestamp, prices)
-        for trade in waiting:
-            yield Step(trade.created_at, prices, trade)
+        while waiting:
+            yield next_trade()
         yield Step(market_time, prices)
 
     def health(self) -> dict:
@@ -482,7 +525,7 @@ class LiveMarket:
 class Source:
     """One place that prices come from: asks, counts, and lets a failing place rest for a while.
 
-    Each kind brings an `ask(ticker)` of its own, which answers a `Quote` or raises `NoSuchTicker`,
+    Each kind brings an `ask(ticker, since)` of its own, which answers a `Quote` or raises `NoSuchTicker`,
     `RateLimited`, `BadAnswer` or `SourceFailed`. It rests only when it fails for all: when it says that we
     ask too often, or gave no answer for different tickers in a row. One bad ticker is its own.
     """
@@ -497,8 +540,8 @@ class Source:
         self.is_in_doubt = False  # It has rested and not answered since.
         self.lock, self.finding_out = threading.Lock(), threading.Lock()
 
-    def quote(self, ticker: str) -> Quote:
-        return self.unless_it_rests(self.ask, ticker)
+    def quote(self, ticker: str, since: datetime | None = None) -> Quote:
+        return self.unless_it_rests(self.ask, ticker, since)
 
     def unless_it_rests(self, ask: Callable, ticker: str, *more):
         """Ask, unless it rests; after a rest one question at a time finds out whether it is back."""
@@ -615,34 +658,57 @@ class Yahoo(Source):
             CappedSession(impersonate="chrome", curl_options={CurlOpt.MAXFILESIZE_LARGE: ANSWER_BYTES})
         )
 
-    def ask(self, ticker: str) -> Quote:
+    def ask(self, ticker: str, since: datetime | None = None) -> Quote:
+        """The price of now, and with it the splits and dividends of today; on the first question of a day
+        those of the time `since` the last one, and of a while before, as some come late.
+        """
+        period = {"range": "1d"}
+        if since and since.date() < now().date():
+            period = {"period1": int((since - LATE).timestamp()), "period2": int(time.time())}
         try:
-            meta = self.chart(ticker, range="1d", interval="1d")["meta"]
+            chart = self.chart(ticker, **period, interval="1d", events="div,split")
+            meta = chart["meta"]
             seen = since_1970(meta.get("regularMarketTime"))
-            return priced(ticker, meta["regularMarketPrice"], meta["currency"], self.name, seen)
+            quote = priced(ticker, meta["regularMarketPrice"], meta["currency"], self.name, seen)
+            quote.actions = actions_told(chart, quote)
+            return quote
         except (KeyError, TypeError, AttributeError):
             raise BadAnswer("its answer has no price") from None
 
-    def daily_bars(self, ticker: str, period: str) -> tuple[dict[date, list[Decimal | None]], int]:
+    def daily_bars(self, ticker: str, period: str) -> tuple[dict[date, list], int]:
         """The days of a `period` such as `1y`, and how many are left out as their close is no price.
 
-        Each has its open, high, low and close in dollars (only the close is never None) and its volume. A
-        day is the exchange's own, and of two answers for one day the last counts.
+        Each has its open, high, low and close in dollars of that day (only the close is never None), its
+        volume, its dividend and its split. A day is the exchange's own, and of two answers for one day the
+        last counts. What happened on a day without a bar is the next one's.
         """
-        chart = self.chart(ticker, range=period, interval="1d")
+        chart = self.chart(ticker, range=period, interval="1d", events="div,split")
         try:
-            currency, bars, odd = chart["meta"]["currency"], {}, 0
+            currency, bars, odd, zone = chart["meta"]["currency"], {}, 0, zone_of(chart["meta"])
             if currency != "USD":
                 raise SourceFailed(f"{ticker} is quoted in {currency}, not in USD")
+            splits, dividends = events_of(ticker, chart)
+            splits = [(moment.astimezone(zone).date(), split) for moment, split in splits]
+            split_since = later_splits(splits)
             for moment, numbers in candles(chart):
+                numbers = as_traded(numbers, split_since(moment.date()))
                 if numbers[CLOSE] is None:
                     odd += 1
                 else:
-                    bars[moment.date()] = numbers
+                    bars[moment.date()] = [*numbers, ZERO, ONE]
         except STRANGE:
             raise SourceFailed("its answer has no prices") from None
         if not bars:
             raise SourceFailed("its answer has no prices")
+        days = sorted(bars)
+        for day, split in splits:
+            for following in days[bisect_left(days, day) :][:1]:
+                bars[following][SPLIT] *= split
+        for moment, dividend in dividends:
+            for following in days[bisect_left(days, moment.astimezone(zone).date()) :][:1]:
+                bars[following][DIVIDEND] += dividend
+        if not all(is_ratio(bar[SPLIT]) and bar[DIVIDEND] < ORDER_LIMIT for bar in bars.values()):
+            raise SourceFailed("its splits or dividends are too many")
         return bars, odd
 
     def bars(self, ticker: str, timeframe: str, days: int) -> list[Bar]:
@@ -726,7 +792,7 @@ class AlphaVantage(Source):
         super().__init__()
         self.api_key = api_key
 
-    def ask(self, ticker: str) -> Quote:
+    def ask(self, ticker: str, since: datetime | None = None) -> Quote:
         coin = re.fullmatch(COIN, ticker)
         if coin:
             answer = self.answer_to(
@@ -800,7 +866,7 @@ def days_back(asked: BarOptions) -> int:
     return min(1 << max(back.days, 7).bit_length(), YAHOO_HAS.get(asked.timeframe, 36_000))
 
 
-CLOSE = FIELDS.index("close")
+CLOSE, DIVIDEND, SPLIT = (Bar._fields[1:].index(field) for field in ("close", "dividend", "split"))
 STRANGE = (LookupError, AttributeError, TypeError, ValueError, ArithmeticError)
 """What is raised over a chart that is not made as Yahoo makes them."""
 
@@ -819,6 +885,131 @@ def candles(chart: dict) -> Iterator[tuple[datetime, list[Decimal | None]]]:
             moment = (EPOCH + timedelta(seconds=int(at))).astimezone(zone)
             is_volume = isinstance(volume, Decimal) and 0 <= volume < VOLUME_LIMIT
             yield moment, [*map(price_meant, prices), rounded(volume) if is_volume else Decimal(0)]
+
+
+Splits = list[tuple[datetime, Fraction]]
+"""When each is in force (UTC), in that order, and how many new shares there are for an old one."""
+
+Dividends = list[tuple[datetime, Decimal]]
+"""From when on each is no longer bought with the share (UTC), in that order, and what is paid for one."""
+
+MOST_SPLITS = 100
+"""In one answer. No share has had as many, and exact ratios that are multiplied grow longer and longer."""
+
+
+def events_of(ticker: str, chart: dict) -> tuple[Splits, Dividends]:
+    """The splits and dividends in Yahoo's `chart` of a ticker, if it was asked for with `events=div,split`.
+
+    Yahoo divides what was paid, like all its prices, by the ratio of each split that came later; here it is
+    what a share of that day was paid, in the ticker's own currency, to 8 decimals. A split is an exact ratio
+    from 1:10000 to 10000:1. What cannot be one, or is yet to come, is left out, and the log says so. Of two
+    of one moment the last counts. Nothing is raised, whatever Yahoo says.
+    """
+    found, left_out = {"splits": {}, "dividends": {}}, Counter()
+    try:
+        events = chart.get("events") or {}
+        listed = [(kind, event) for kind in found for event in (events.get(kind) or {}).values()]
+    except AttributeError:
+        listed, left_out["events", "they are no events"] = [], 1
+    for kind, event in listed:
+        try:
+            found[kind][moment_of(event)] = ratio_of(event) if kind == "splits" else amount_of(event)
+        except ValueError as reason:
+            left_out[kind, str(reason)] += 1
+    splits, dividends = sorted(found["splits"].items()), []
+    if len(splits) > MOST_SPLITS:
+        found, splits, left_out["events", "no share has had so many splits"] = {"dividends": {}}, [], 1
+    split_since = later_splits(splits)
+    for moment, amount in sorted(found["dividends"].items()):
+        paid = to_decimal(amount * split_since(moment))
+        if 0 < paid < ORDER_LIMIT:
+            dividends.append((moment, paid))
+        else:
+            left_out["dividends", NO_DIVIDEND] += 1
+    for (kind, reason), count in left_out.items():
+        log.warning("%s: left out %d %s of %s: %s", Yahoo.name, count, kind, ticker, reason)
+    return splits, dividends
+
+
+NO_DIVIDEND = f"what it pays is not above 0 and below {ORDER_LIMIT}, to 8 decimals"
+
+
+def moment_of(event: dict) -> datetime:
+    """When an event of Yahoo's is in force: when its exchange opens."""
+    seconds = number_in(event, "date")
+    if not -(10**10) < seconds <= int(time.time()):  # Dividends are known from 1962 on.
+        raise ValueError("its date is no time, or yet to come")
+    return EPOCH + timedelta(seconds=int(seconds))
+
+
+def ratio_of(event: dict) -> Fraction:
+    new, old = number_in(event, "numerator"), number_in(event, "denominator")
+    # Compared and rounded before it is a fraction: that of 1e-999999999 would have a billion digits.
+    terms = [Fraction(rounded(term)) if 0 < term < TERM_LIMIT else 0 for term in (new, old)]
+    split = Fraction(*terms) if all(terms) else Fraction()
+    if not is_ratio(split) or split == ONE:
+        raise ValueError("its ratio is not from 1:10000 to 10000:1, or 1:1")
+    return split
+
+
+def amount_of(event: dict) -> Fraction:
+    amount = number_in(event, "amount")
+    if not 0 < amount < ORDER_LIMIT:
+        raise ValueError(NO_DIVIDEND)
+    return Fraction(round(amount, 16))
+
+
+def number_in(event: dict, member: str) -> Decimal:
+    number = event.get(member) if isinstance(event, dict) else None
+    if not isinstance(number, Decimal):
+        raise ValueError(f"it has no {member}, or one that is no number")
+    return number
+
+
+def later_splits(splits: list[tuple]) -> Callable[[datetime | date], Fraction]:
+    """Says of a moment how many shares one of then has become by all `splits` that came later."""
+    moments = [moment for moment, _ in splits]
+    ratios = list(accumulate((ratio for _, ratio in reversed(splits)), mul, initial=ONE))
+    return lambda moment: ratios[len(moments) - bisect_right(moments, moment)]
+
+
+def as_traded(numbers: list[Decimal | None], split: Fraction) -> list[Decimal | None]:
+    """A candle as it was before that `split`, for which Yahoo has adjusted it: its prices are higher by the
+    ratio, its volume is less. What the books cannot have then is None, or 0.
+    """
+    if split == ONE:
+        return numbers
+    *prices, volume = numbers
+    prices = [price and to_decimal(Fraction(price) * split) for price in prices]
+    volume = to_decimal(Fraction(volume) / split)
+    prices = [price if price and 0 < price < ORDER_LIMIT else None for price in prices]
+    return [*prices, volume if volume < VOLUME_LIMIT else ZERO]
+
+
+def to_decimal(amount: Fraction) -> Decimal:
+    """`amount` to 8 decimals, half-even."""
+    return Decimal(round(amount * 10**8)).scaleb(-8)
+
+
+def actions_told(chart: dict, quote: Quote) -> list[CorporateAction]:
+    """The splits and dividends of a chart, the oldest first, as they came with a `quote`."""
+    splits, dividends = events_of(quote.ticker, chart)
+    known = {"price": quote.price, "source": quote.source, "published_at": quote.timestamp}
+    actions = [CorporateAction.split(quote.ticker, ratio, ex_at=at, **known) for at, ratio in splits]
+    actions += [CorporateAction.dividend(quote.ticker, amount, ex_at=at, **known) for at, amount in dividends]
+    return sorted(actions, key=attrgetter("ex_at", "kind"))
+
+
+def is_credible(action: CorporateAction, quote: Quote, last: Quote | None) -> bool:
+    """Whether a dividend is less than a share of that day cost, now or last; else it is logged."""
+    if action.kind == "split":
+        return True
+    splits = [(split.ex_at, split.ratio) for split in quote.actions if split.kind == "split"]
+    since, price = later_splits(splits)(action.ex_at), max(quote.price, last.price if last else 0)
+    if action.amount * since.denominator < price * since.numerator:
+        return True
+    log.warning("%s: left out a %s: a share costs less", quote.source, action)
+    return False
 
 
 def zone_of(meta: dict) -> tzinfo:
@@ -871,6 +1062,17 @@ def minute_of(moment: datetime) -> int:
     return int(moment.timestamp()) // BAR_SECONDS
 
 
+def minute_begins(minute: int) -> datetime:
+    return EPOCH + minute * timedelta(seconds=BAR_SECONDS)
+
+
+def iterate(step: Callable, value) -> Iterator:
+    """`value`, what `step` makes of it, what it makes of that, for ever."""
+    while True:
+        yield value
+        value = step(value)
+
+
 def step_of(bars: list[Bar]) -> timedelta:
     """How far apart two of `bars` are at the least; a single one counts as a day's."""
     return min((later.timestamp - bar.timestamp for bar, later in pairwise(bars)), default=DAY)
@@ -891,8 +1093,14 @@ def since_last_jump(past: Past) -> Sequence[sa.Row]:
 
 
 def at_the_bar(bar: Step, trades: list[sa.Row]) -> list[Step]:
-    """A bar and the trades made there: first those within it, which had another price than its close."""
-    within = len(list(takewhile(lambda trade: trade.market_price != bar.prices[trade.ticker], trades)))
+    """A bar and the trades made there: first the splits and dividends with which it begins, and those within
+    it, which had another price than its close.
+    """
+
+    def is_within(trade: sa.Row) -> bool:
+        return trade.trade_type in ACTIONS or trade.market_price != bar.prices[trade.ticker]
+
+    within = len(list(takewhile(is_within, trades)))
     return [Step(bar.timestamp, bar.prices, trade) for trade in (*trades[:within], None, *trades[within:])]
 
 
@@ -901,16 +1109,54 @@ class SampleMarket:
 
     `path` is a file or a folder that `recorded.read` reads; `series` has the bars of each ticker, `bars`
     the times of them all. A ticker costs its last close, at that bar or before, and is unknown before its
-    first.
+    first. `actions` has the splits and dividends in force from a bar on, by its place, and `acting` the
+    places in order; where the clock goes back over a split, or round to the first bar, it takes it back.
     """
 
     is_sample = True
     name = "sample"
 
-    def __init__(self, path: Path = SAMPLE_FILE):
+    def __init__(self, path: Path = SAMPLE_FILE, with_actions: bool = True):
         self.series: dict[str, list[Bar]] = read(path)
         self.bars: list[datetime] = sorted({bar.timestamp for bars in self.series.values() for bar in bars})
         self.spacing = {ticker: step_of(bars) for ticker, bars in self.series.items()}
+        self.actions: dict[int, list[CorporateAction]] = defaultdict(list)
+        for ticker, bars in self.series.items() if with_actions else ():
+            for bar in bars:
+                self.actions[self.number_at(bar.timestamp)] += self.actions_in(ticker, bar)
+        self.actions.pop(0, None)  # Nobody comes to the first bar from before it.
+        self.actions = {place: actions for place, actions in sorted(self.actions.items()) if actions}
+        self.acting = sorted(self.actions)
+        if taken_back := self.on_the_way(len(self.bars) - 1, 0):
+            self.actions[0], self.acting = taken_back, [0, *self.acting]
+
+    def actions_in(self, ticker: str, bar: Bar) -> list[CorporateAction]:
+        """The dividend and the split that a recorded bar begins with; the dividend is for the old shares."""
+        if not bar.dividend and bar.split == 1:  # As in most.
+            return []
+        known = {"ex_at": bar.timestamp, "price": bar.close, "source": self.name}
+        dividend = [CorporateAction.dividend(ticker, bar.dividend, **known)] if bar.dividend else []
+        return dividend + ([CorporateAction.split(ticker, bar.split, **known)] if bar.split != 1 else [])
+
+    def on_the_way(self, here: int, there: int) -> list[CorporateAction]:
+        """What a clock meets that goes from one place to another; back, it takes the splits back."""
+        if here <= there:
+            met = self.acting[bisect_right(self.acting, here) : bisect_right(self.acting, there)]
+            return [action for place in met for action in self.actions[place]]
+        met = [place for place in self.actions if there < place <= here]
+        splits = [action for place in met for action in self.actions[place] if action.kind == "split"]
+        bar = self.bars[there]
+        return [split.undone(self.price(split.ticker, bar), bar) for split in reversed(splits)]
+
+    def next_acting(self, minute: int) -> int | None:
+        """The first minute since 1970 after that one in which the running clock shows one of `acting`."""
+        if not self.acting:
+            return None
+        round, place = divmod(minute, len(self.bars))
+        later = bisect_right(self.acting, place)
+        if later < len(self.acting):
+            return round * len(self.bars) + self.acting[later]
+        return (round + 1) * len(self.bars) + self.acting[0]
 
     def number_at(self, moment: datetime) -> int:
         """The place in `bars` of the last one that is not after `moment`, or of the first one."""
@@ -938,31 +1184,52 @@ class SampleMarket:
         return self.bars[minute_of(moment) % len(self.bars)]
 
     def has_moved(self, account: Account) -> bool:
-        """Whether there are prices that the account's open orders have not seen."""
-        return not account.market_clock and minute_of(now()) > minute_of(account.settled_at)
+        """Whether its clock runs and has passed what it has not had: prices for its open orders, or else a
+        split or a dividend of anything.
+        """
+        if account.market_clock:
+            return False
+        minute = minute_of(now())
+        if account.settled_at:
+            return minute > minute_of(account.settled_at)
+        acting = account.acted_at and self.next_acting(minute_of(account.acted_at))
+        return bool(acting) and acting <= minute
+
+    may_have_moved = has_moved
 
     def since_settled(self, account: Account, moment: datetime) -> Iterator[Tick]:
-        """The bars that the wall clock has shown since the account's open orders saw one, until `moment`."""
-        first, last = minute_of(account.settled_at) + 1, minute_of(moment)
-        minutes = () if account.market_clock else range(first, last + 1)
-        return self.ticks(account, (self.bars[minute % len(self.bars)] for minute in minutes))
+        """The bars that the running clock has shown since the account's open orders saw one, until `moment`;
+        for an account without any, those with a split or a dividend.
+        """
+        last = minute_of(moment)
+        if account.orders:
+            minutes = iter(range(minute_of(account.settled_at) + 1, last + 1))
+        else:
+            acting = self.next_acting(minute_of(account.acted_at))
+            minutes = takewhile(lambda minute: minute <= last, iterate(self.next_acting, acting))
+        return self.ticks(account, minutes)
 
     def bars_between(self, account: Account, bar: datetime) -> Iterator[Tick]:
-        """The bars that the account's clock passes on its way from where it stands to `bar`."""
-        first, last = bisect_right(self.bars, self.clock(account)), bisect_right(self.bars, bar)
-        return self.ticks(account, self.bars[first:last])
+        """The bars that the account's stopped clock passes on its way from where it stands on to `bar`."""
+        first, last = self.number_at(self.clock(account)) + 1, self.number_at(bar)
+        places = range(first, last + 1) if account.orders else self.acting
+        return self.ticks(account, (place for place in places if first <= place <= last))
 
-    def ticks(self, account: Account, bars: Iterable[datetime]) -> Iterator[Tick]:
-        """What the tickers of the account's open orders cost in each of `bars`: the row of the file, if it
-        has one, or what the account has pinned.
+    def ticks(self, account: Account, minutes: Iterable[int]) -> Iterator[Tick]:
+        """What the tickers of the account's open orders cost in each of `minutes`, which are places in
+        `bars`, counted on for a clock that goes round: the row of the file, if it has one, or what the
+        account has pinned. With it come the splits and dividends.
         """
         tickers, pins = {order.ticker for order in account.orders}, account.pins
         known = {}  # The clock may pass a bar a thousand times.
-        for bar in bars:
-            if bar not in known:
+        for minute in minutes:
+            place = minute % len(self.bars)
+            if place not in known:
+                bar = self.bars[place]
                 passed = {ticker: self.passed_in(ticker, bar, pins.get(ticker)) for ticker in tickers}
-                known[bar] = {ticker: prices for ticker, prices in passed.items() if prices}
-            yield bar, known[bar]
+                known[place] = bar, {ticker: prices for ticker, prices in passed.items() if prices}
+            shown_at = None if account.market_clock else minute_begins(minute)
+            yield Tick(*known[place], self.actions.get(place, ()), shown_at)
 
     def passed_in(self, ticker: str, bar: datetime, pin: Decimal | None) -> Passed | None:
         if pin:
@@ -970,20 +1237,22 @@ class SampleMarket:
         row = self.row_at(ticker, bar)
         return row and Passed(bar, row.open, row.high, row.low, self.name)
 
-    def landing(self, account: Account, moment: datetime) -> list[Tick]:
-        """The bar to which the clock has jumped: one price for each ticker, its close or what is pinned."""
+    def landing(self, account: Account, moment: datetime, left: datetime) -> list[Tick]:
+        """The bar to which the clock has jumped from the one it has `left`: the splits and dividends between
+        them, and one price for each ticker, its close or what is pinned.
+        """
         bar, pins, passed = self.clock(account) or self.bar_shown(moment), account.pins, {}
         for ticker in {order.ticker for order in account.orders}:
             row = self.row_at(ticker, bar)
             if price := pins.get(ticker) or (row and row.close):
                 passed[ticker] = Passed.at(bar, price, self.name)
-        return [(bar, passed)]
+        return [Tick(bar, passed, self.on_the_way(self.number_at(left), self.number_at(bar)))]
 
     def pinned(self, account: Account, ticker: str, moment: datetime) -> list[Tick]:
         """The one price that a ticker has from now on, as it was pinned or let go."""
         bar = self.clock(account) or self.bar_shown(moment)
         price = account.pins.get(ticker) or self.price(ticker, bar)
-        return [(bar, {ticker: Passed.at(bar, price, self.name)})] if price else []
+        return [Tick(bar, {ticker: Passed.at(bar, price, self.name)})] if price else []
 
     def has_asked(self, trade: sa.Row, pins: Sequence[sa.Row]) -> bool:
         """Whether a ticker cost what a trade says in its bar, or was pinned so, as far as the file knows."""

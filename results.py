@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple
 import sqlalchemy as sa
 from typing_extensions import TypedDict
 
+from corporate import ACTIONS
 from database import db, snapshot
 from messages import (
     ACCOUNT_LIMIT,
@@ -32,7 +33,7 @@ from messages import (
     rounded,
     value_of,
 )
-from models import Account, Holding, Pin, PortfolioAnswer, Run, Stretch, Trade
+from models import Account, Holding, Pin, PortfolioAnswer, Run, Stretch, Trade, change_by, in_lieu
 from orders import PlacedOrder
 
 # ----------------------------------------------------------------------------------------- Answers
@@ -74,8 +75,9 @@ class Summary(TypedDict):
     ]
     exposure_percent: Annotated[Percent | None, means("Days that ended with a holding, in percent")]
     max_drawdown_percent: Annotated[Percent, means("The deepest fall of equity from a peak, in percent")]
-    trades: int
+    trades: Annotated[int, means("Purchases and sales")]
     realized_pnl: Dollars
+    dividends: Annotated[Dollars, means("What dividends brought, in dollars")]
     winning_sales: Annotated[int, means("Sales that brought a profit")]
     losing_sales: Annotated[int, means("Sales that brought a loss")]
     even_sales: Annotated[int, means("Sales that brought neither")]
@@ -140,19 +142,30 @@ ZERO, ONE = Decimal(0), Decimal(1)
 def curve_of(cash: Decimal, steps: Iterable[Step]) -> Iterator[Mark]:
     """What an account that began with `cash` dollars was worth at each step.
 
-    The ticker that was traded counts with its `market_price`, by which the trade was judged.
+    The ticker that was traded counts with its `market_price`, by which the trade was judged. Splits and
+    dividends of one moment are one mark: with the first of them the prices are without all.
     """
-    held, last_traded = defaultdict(Decimal), {}
+    held, last_traded, unsaid = defaultdict(Decimal), {}, None
     for timestamp, prices, trade in steps:
         if trade:
-            held[trade.ticker] += trade.quantity if trade.trade_type == "buy" else -trade.quantity
+            held[trade.ticker] += change_by(trade)
             if not held[trade.ticker]:
                 del held[trade.ticker]
-            last_traded[trade.ticker] = trade.market_price
-            prices, cash = prices | {trade.ticker: trade.market_price}, trade.cash_after
-        worth = [value_of(quantity, prices.get(t) or last_traded[t]) for t, quantity in held.items()]
+            if trade.market_price:
+                last_traded[trade.ticker] = trade.market_price
+                prices = prices | {trade.ticker: trade.market_price}
+            cash = trade.cash_after
+        worth = [
+            value_of(quantity, prices.get(t) or last_traded.get(t, ZERO)) for t, quantity in held.items()
+        ]
         value = sum(worth, ZERO)
-        yield Mark(timestamp, cash, value, cash + value, trade is not None, bool(held))
+        mark = Mark(timestamp, cash, value, cash + value, trade is not None, bool(held))
+        is_action = trade is not None and trade.trade_type in ACTIONS
+        if unsaid and not (is_action and timestamp == unsaid.timestamp):
+            yield unsaid
+        unsaid = mark if is_action else None
+        if not is_action:
+            yield mark
 
 
 def last_of_days(curve: Iterable[Mark]) -> list[Mark]:
@@ -240,6 +253,15 @@ def daily_figures(start: Decimal, days: list[Mark]) -> dict[str, Decimal | None]
 # --------------------------------------------------------------------------------------- The books
 
 
+def total_of(trade: Trade) -> Decimal:
+    """What a trade's `total_amount` has to be, in dollars."""
+    if trade.trade_type == "correction":
+        return trade.total_amount
+    if trade.trade_type == "split":
+        return in_lieu(trade)
+    return value_of(trade.quantity, trade.price, ROUND_CEILING if trade.trade_type == "buy" else ROUND_FLOOR)
+
+
 @dataclass
 class Books:
     """All that is written of one account, read at one moment."""
@@ -295,11 +317,11 @@ class Books:
             for row in self.trades.get(number, []):
                 trade = Trade(**row._asdict())
                 holding = held.setdefault(trade.ticker, Holding.none(trade.user_id, trade.ticker))
-                is_buy = trade.trade_type == "buy"
-                total = value_of(trade.quantity, trade.price, ROUND_CEILING if is_buy else ROUND_FLOOR)
-                compare(f"Trade {row.id}: total_amount", row.total_amount, total)
+                compare(f"Trade {row.id}: total_amount", row.total_amount, total_of(trade))
                 try:
-                    (account.buy if is_buy else account.sell)(trade, holding)
+                    {"buy": account.buy, "sell": account.sell}.get(trade.trade_type, account.receive)(
+                        trade, holding
+                    )
                 except Refused as refused:
                     differences.append(f"Trade {row.id} should have been refused: {refused}")
                 compare(f"Trade {row.id}: realized_pnl", row.realized_pnl, trade.realized_pnl)
@@ -387,6 +409,7 @@ class Books:
 
         known = [mark for mark in curve if mark.equity is not None]
         sales = [trade.realized_pnl for trade in trades if trade.trade_type == "sell"]
+        dividends = [trade.total_amount for trade in trades if trade.trade_type == "dividend"]
         profits, losses = [pnl for pnl in sales if pnl > 0], [-pnl for pnl in sales if pnl < 0]
         lost, commission = sum(losses, ZERO), sum((trade.commission for trade in trades), ZERO)
         return {
@@ -398,8 +421,9 @@ class Books:
                 "total_return_percent": None if end.equity is None else percent(end.equity - start, start),
                 **daily_figures(start, last_of_days(known)),
                 "max_drawdown_percent": percent(max_drawdown(start, [mark.equity for mark in known]), ONE),
-                "trades": len(trades),
-                "realized_pnl": sum(sales, ZERO),
+                "trades": sum(trade.trade_type in ("buy", "sell") for trade in trades),
+                "realized_pnl": sum((trade.realized_pnl or ZERO for trade in trades), ZERO),
+                "dividends": sum(dividends, ZERO),
                 "winning_sales": len(profits),
                 "losing_sales": len(losses),
                 "even_sales": len(sales) - len(profits) - len(losses),

@@ -60,6 +60,12 @@ def checked_database(url: str) -> str:
     raise ValueError("it must begin with postgresql://, postgres:// or sqlite:///.")
 
 
+def checked_switch(text: str) -> bool:
+    if text.lower() not in ("on", "off"):
+        raise ValueError("it must be on or off.")
+    return text.lower() == "on"
+
+
 Port = Annotated[int, checked_number(1, 65535)]
 Seconds = Annotated[int, checked_number(1, 86_400)]
 Days = Annotated[int, checked_number(1, 36_500)]
@@ -69,6 +75,7 @@ Dollars = Annotated[Decimal, BeforeValidator(checked_cash)]
 BasisPoints = Annotated[Decimal, checked_cost(10_000)]
 LeastCommission = Annotated[Decimal, checked_cost(1_000_000)]
 AdminKey = Annotated[str, AfterValidator(public.checked_admin_key)]
+Switch = Annotated[bool, BeforeValidator(checked_switch)]
 Limit = Annotated[RateLimitItem, BeforeValidator(public.checked_limit)]
 Counter = Annotated[public.Counter, BeforeValidator(public.Counter)]
 Origins = Annotated[set[str], BeforeValidator(public.checked_origins)]
@@ -94,6 +101,7 @@ class Settings(BaseModel):
         "nothing is bought at a live price that its source last saw longer ago", "7"
     )
     SAMPLE_MARKET: Path | None = means("another file, or a folder of files, for the recorded market")
+    CORPORATE_ACTIONS: Switch = means("`off` leaves splits and dividends away", "on")
     STARTING_CASH: Dollars = means("dollars of a new account", "100000")
     COMMISSION_BPS: BasisPoints = means("commission, in hundredths of a percent", "0")
     COMMISSION_MIN: LeastCommission = means("the least commission, in dollars", "0")

@@ -13,7 +13,7 @@ from database import transaction
 
 db = current_app.extensions["migrate"].db
 
-PRICES = {"ibkr_market", "ibkr_quotes"}
+PRICES = {"ibkr_market", "ibkr_quotes", "ibkr_corporate_actions"}
 """Tables that hold nothing of anybody's account, and so may go."""
 
 

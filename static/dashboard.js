@@ -8,7 +8,7 @@
      Curves       the only place where an amount becomes a float, because pixels are
      Refreshing   every five seconds, while somebody looks
      Orders       placed with an Idempotency-Key, and so safe to send again; and canceled
-     Sample market, Account, Start
+     Sample market, Account, Accounts (the admin's), Start
 
    Read `refresh` first. */
 
@@ -22,6 +22,7 @@ const MOST_AT_ONCE = 500; // Trades or orders, as the server has it; no account 
 const DAYS_OF_A_CHART = 250;
 const MOST_POINTS = 5000; // A run that has more is asked for by the day.
 const TEST_KEY = "test-api-key-123";
+const FACES = ["sign-in", "dashboard", "accounts"]; // A visitor's, a trader's, the admin's.
 const SOURCES = { sample: "Sample market", yahoo: "Yahoo Finance", yahoo_finance: "Yahoo Finance", alphavantage: "Alpha Vantage" };
 
 const $ = (id) => document.getElementById(id);
@@ -172,6 +173,7 @@ function drawNumber(node, number, format, look = "") {
 }
 
 const drawProfit = (node, number, format = profit) => drawNumber(node, number, format, direction(number));
+const drawIfAny = (node, number, ...how) => ((number ?? null) === null ? draw(node, "") : drawNumber(node, number, ...how));
 
 /** Make the rows of `body` those of `items`: rows are kept by their key, so focus and scroll stay. */
 function drawRows(body, items, keyOf, columns) {
@@ -225,12 +227,15 @@ function drawButton(cell, text, label, act) {
 }
 
 function drawTime(cell, timestamp) {
+  if (!timestamp) return draw(cell, "");
   const time = within(cell, "time");
   time.dateTime = timestamp;
   draw(time, clockTime(timestamp));
 }
 
-const side = (action) => (action === "buy" ? "Buy" : "Sell");
+const SIDES = { buy: "Buy", sell: "Sell", split: "Split", dividend: "Dividend", correction: "Correction" };
+const side = (action) => SIDES[action] ?? action;
+const isOrdered = ({ trade_type: type }) => type === "buy" || type === "sell"; // The rest happens to a holding.
 
 function age(timestamp) {
   const seconds = Math.max(0, Math.floor((Date.now() + serverAhead - Date.parse(timestamp)) / 1000));
@@ -263,23 +268,22 @@ const HOLDING_COLUMNS = [
 const TRADE = {
   booked: ["td", (cell, t) => drawTime(cell, t.timestamp)],
   marketTime: ["td", (cell, t) => drawTime(cell, t.market_time)],
-  side: ["td", (cell, t) => draw(cell, side(t.trade_type))],
+  side: ["td", (cell, t) => draw(cell, t.ratio ? `${side(t.trade_type)} ${t.ratio}` : side(t.trade_type))],
   ticker: ["td", (cell, t) => draw(cell, t.ticker)],
-  quantity: ["td", (cell, t) => drawNumber(cell, t.quantity, quantity)],
-  price: ["td", (cell, t) => drawNumber(cell, t.price, price)],
-  total: ["td", (cell, t) => drawNumber(cell, t.total_amount, money)],
-  commission: ["td", (cell, t) => drawNumber(cell, t.commission, money)],
-  profit: ["td", (cell, t) => (t.realized_pnl === null ? draw(cell, "") : drawProfit(cell, t.realized_pnl))],
+  quantity: ["td", (cell, t) => drawIfAny(cell, t.quantity, quantity)],
+  price: ["td", (cell, t) => drawIfAny(cell, t.price, price)],
+  total: ["td", (cell, t) => drawIfAny(cell, t.total_amount, money)],
+  commission: ["td", (cell, t) => drawIfAny(cell, t.commission, money)],
+  profit: ["td", (cell, t) => drawIfAny(cell, t.realized_pnl, profit, direction(t.realized_pnl))],
   cash: ["td", (cell, t) => drawNumber(cell, t.cash_balance, money)],
-  source: ["td", (cell, t) => draw(cell, SOURCES[t.price_source] ?? t.price_source)],
+  source: ["td", (cell, t) => draw(cell, SOURCES[t.price_source] ?? t.price_source ?? "")],
   number: ["td", (cell, t) => draw(cell, t.id)],
-  order: ["td", (cell, t) => draw(cell, t.order_id ?? "")],
+  order: ["td", (cell, t) => draw(cell, t.reason ?? t.order_id ?? "", t.reason ? "reason" : "")],
 };
 const TRADE_COLUMNS = Object.values(TRADE);
 const MARK_COLUMNS = [TRADE.marketTime, TRADE.side, TRADE.quantity, TRADE.price, TRADE.profit];
 
 const TYPES = { market: "Market", limit: "Limit", stop: "Stop", stop_limit: "Stop limit", trailing_stop: "Trailing stop" };
-const drawIfAny = (cell, number) => (number === null ? draw(cell, "") : drawNumber(cell, number, price));
 
 const ORDER_COLUMNS = [
   ["th", (cell, o) => draw(cell, o.id)],
@@ -287,8 +291,8 @@ const ORDER_COLUMNS = [
   ["td", (cell, o) => draw(cell, side(o.action))],
   ["td", (cell, o) => draw(cell, o.parent_id ? `${o.order_type === "limit" ? "Take-profit" : "Stop-loss"} of order ${o.parent_id}` : TYPES[o.order_type])],
   ["td", (cell, o) => drawNumber(cell, o.quantity, quantity)],
-  ["td", (cell, o) => drawIfAny(cell, o.limit_price)],
-  ["td", (cell, o) => drawIfAny(cell, o.stop_price)],
+  ["td", (cell, o) => drawIfAny(cell, o.limit_price, price)],
+  ["td", (cell, o) => drawIfAny(cell, o.stop_price, price)],
   ["td", (cell, o) => draw(cell, o.trail_percent ? `${quantity(o.trail_percent)} %` : o.trail_amount ? exactly(o.trail_amount) : "")],
   ["td", (cell, o) => draw(cell, o.time_in_force === "day" ? "day" : "until canceled")],
   ["td", (cell, o) => draw(cell, o.status, "", o.status === "held" ? `Goes live when order ${o.parent_id} is filled` : "")],
@@ -300,7 +304,12 @@ const SUMMARY = [
   ["Started with", "starting_cash", usd],
   ["Equity", "equity", usd],
   ["Return", "total_return_percent", (number) => `${percent(number)} %`, direction],
+  ["Return a year", "annual_return_percent", (number) => `${percent(number)} %`, direction],
   ["Largest drawdown", "max_drawdown_percent", (number) => `${money(number)} %`],
+  ["Volatility a year", "annual_volatility_percent", (number) => `${money(number)} %`],
+  ["Sharpe ratio", "sharpe_ratio", (number) => shown(number, 2, 2)],
+  ["Sortino ratio", "sortino_ratio", (number) => shown(number, 2, 2)],
+  ["Days with holdings", "exposure_percent", (number) => `${money(number)} %`],
   ["Trades", "trades", quantity],
   ["Realised profit", "realized_pnl", (number) => `${profit(number)} USD`, direction],
   ["Winning sales", "win_rate_percent", (number) => `${money(number)} %`],
@@ -611,15 +620,16 @@ async function refreshChart() {
 function drawChart(ticker, bars, trades) {
   if (!bars.length) return draw($("chart-said"), `There are no past prices of ${ticker}.`);
   const marks = trades.filter((trade) => epoch(trade.market_time) >= epoch(bars[0].timestamp));
-  const bought = marks.filter((trade) => trade.trade_type === "buy").length;
+  const ordered = marks.filter(isOrdered);
+  const bought = ordered.filter((trade) => trade.trade_type === "buy").length;
   const counted = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
   const [first, last] = [bars[0], bars.at(-1)];
   draw($("chart-said"), `${counted(bars.length, "day")} from ${day(first.timestamp)} (${exactly(first.close)}) to ` +
-    `${day(last.timestamp)} (${exactly(last.close)}), with ▲ ${counted(bought, "purchase")} and ▼ ${counted(marks.length - bought, "sale")}.`);
+    `${day(last.timestamp)} (${exactly(last.close)}), with ▲ ${counted(bought, "purchase")} and ▼ ${counted(ordered.length - bought, "sale")}.`);
   drawRows($("chart-rows"), marks, (trade) => trade.id, MARK_COLUMNS);
   const lines = [bars.map((bar) => epoch(bar.timestamp)), bars.map((bar) => float(bar.close))];
   chartBars = bars;
-  chartMarks = marks.map((trade) => ({ at: epoch(trade.market_time), price: float(trade.price), isBuy: trade.trade_type === "buy" }));
+  chartMarks = ordered.map((trade) => ({ at: epoch(trade.market_time), price: float(trade.price), isBuy: trade.trade_type === "buy" }));
   if (chartPlot) chartPlot.setData(lines);
   else chartPlot = new uPlot(priceOptions(), lines, $("chart-plot"));
   readPrice(chartPlot.cursor.idx);
@@ -681,7 +691,7 @@ function fitCharts() {
 const seen = {
   sources: [], isSample: false, portfolio: null, market: null, updated: "",
   run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "", refreshes: 0, healthAt: 0,
-  orders: [], chartOf: null, longRun: null,
+  orders: [], chartOf: null, longRun: null, isAdmins: false,
 };
 
 let refreshing = null;
@@ -707,11 +717,15 @@ async function refreshOnce() {
   const askedWith = key;
   try {
     await refreshHealth();
-    if (key) await refreshAccount(askedWith);
+    if (key) await (seen.isAdmins ? refreshAccounts : refreshAccount)(askedWith);
     sayAway("");
   } catch (problem) {
     if (key !== askedWith) return;
     if (!(problem instanceof Problem)) throw problem;
+    if (problem.code === "forbidden" && !seen.isAdmins) {
+      seen.isAdmins = true; // No other key is refused an account.
+      return refreshOnce();
+    }
     const isSignedOut = problem.status === 401;
     if (isSignedOut) signOut("The server does not know this key, or no longer.");
     sayAway(isSignedOut ? "" : problem.message);
@@ -733,8 +747,9 @@ async function refreshHealth() {
   seen.sources = sources.map(([source, { resting }]) => SOURCES[source] + (resting ? " (resting after failures)" : ""));
   seen.healthAt = Date.now();
   drawSources();
-  offerTestKey();
 }
+
+const timeOfDay = () => clockTime(new Date(Date.now() + serverAhead).toISOString()).slice(11);
 
 async function refreshAccount(askedWith) {
   const [portfolio, orders, trades, market] = await Promise.all([
@@ -742,8 +757,8 @@ async function refreshAccount(askedWith) {
     seen.isSample ? askIfThere("/api/v1/market") : null,
   ]);
   if (key !== askedWith) return;
-  Object.assign(seen, { portfolio, market, updated: clockTime(new Date(Date.now() + serverAhead).toISOString()).slice(11) });
-  showDashboard(true);
+  Object.assign(seen, { portfolio, market, updated: timeOfDay() });
+  show("dashboard");
   drawPortfolio(portfolio);
   drawOrders(orders);
   if (trades.cursor === seen.cursors.at(-1) && trades.run === seen.shownRun) drawTrades(trades);
@@ -795,7 +810,7 @@ async function refreshHistory(state) {
 
 /** Say that the server is away, with its reason; nothing once it is back. What was seen stays. */
 function sayAway(reason) {
-  const old = seen.portfolio ? ` What you see is of ${seen.updated} UTC.` : "";
+  const old = seen.updated ? ` What you see is of ${seen.updated} UTC.` : "";
   const text = reason && `${reason}${old} Trying again every ${REFRESH_SECONDS} seconds.`;
   if ($("away").textContent !== text) $("away").textContent = text;
   $("away").hidden = !reason;
@@ -1069,16 +1084,11 @@ async function control(path, method, body) {
 
 /* ---------------------------------------------------------------------------------------- Account */
 
-function showDashboard(isOpen) {
-  $("dashboard").hidden = !isOpen;
+/** Show one of the page's three faces. */
+function show(face) {
+  for (const one of FACES) $(one).hidden = one !== face;
   $("sign-out").hidden = !key;
-  $("sign-in").hidden = isOpen;
   fitCharts();
-}
-
-function offerTestKey() {
-  const isHere = ["127.0.0.1", "localhost", "[::1]"].includes(location.hostname);
-  $("test-key-offer").hidden = !(isHere && seen.isSample);
 }
 
 async function signIn(text) {
@@ -1091,31 +1101,46 @@ async function signIn(text) {
   key = text;
   sessionStorage.setItem("key", key);
   await refresh();
-  if (!$("dashboard").hidden) $("equity-heading").focus({ preventScroll: true });
+  const face = FACES.find((one) => !$(one).hidden);
+  if (face !== "sign-in") $(face).querySelector("h2").focus({ preventScroll: true });
+}
+
+/** Only the server knows whether it has the test user, and it tells whoever has the key: so try it. */
+async function useTestAccount() {
+  await signIn(TEST_KEY);
+  if (key) return;
+  draw($("sign-in-problem"), "This server has no test account: only one that keeps its accounts in its own file does, " +
+    "and never one in public. Ask whoever runs it for a key.");
 }
 
 /** Leave nothing of an account on the page or in the tab. */
 function forget() {
   key = null;
   sessionStorage.clear();
-  Object.assign(seen, { portfolio: null, market: null, updated: "", run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "", orders: [], longRun: null });
+  Object.assign(seen, {
+    portfolio: null, market: null, updated: "", run: 1, shownRun: null, cursors: [null], nextCursor: null, historyOf: "",
+    orders: [], longRun: null, isAdmins: false,
+  });
   closeChart();
   plot?.destroy();
   plot = null;
   curvePoints = [];
   quoted = null;
-  for (const id of ["holdings-rows", "orders-rows", "trades-rows", "run-select", "summary", "tickers"]) $(id).replaceChildren();
-  for (const id of ["order-form", "start-over-form", "clock-form", "sign-in-form"]) $(id).reset();
-  for (const id of ["updated", "order-result", "orders-count", "orders-result", "start-over-result", "clock-result", "csv-result", "readout"]) draw($(id), "");
+  for (const id of ["holdings-rows", "orders-rows", "trades-rows", "run-select", "summary", "tickers", "accounts-rows"]) $(id).replaceChildren();
+  for (const id of ["order-form", "start-over-form", "clock-form", "sign-in-form", "account-form"]) $(id).reset();
+  for (const id of ["updated", "order-result", "orders-count", "orders-result", "start-over-result", "clock-result"]) draw($(id), "");
+  for (const id of ["csv-result", "readout", "accounts-count", "accounts-result"]) draw($(id), "");
   for (const id of ["equity", "change", "cash", "market-value", "cost", "unrealized", "realized", "total"]) draw($(id), "");
   askToStartOver(false);
+  askFirst(null);
+  showNewKey("");
   drawTicket();
   drawSources();
 }
 
 function signOut(reason = "") {
   forget();
-  showDashboard(false);
+  show("sign-in");
   $("sign-in-problem").textContent = reason;
   $("key").focus();
 }
@@ -1158,6 +1183,101 @@ async function downloadCsv() {
   }
 }
 
+/* --------------------------------------------------------------------------------------- Accounts
+   For whoever runs the server. A new key is on the page until it is put away, and nowhere else. */
+
+const ACCOUNT_COLUMNS = [
+  ["th", (cell, a) => draw(cell, a.email)],
+  ["td", (cell, a) => draw(cell, a.user_id)],
+  ["td", (cell, a) => drawNumber(cell, a.cash_balance, money)],
+  ["td", (cell, a) => draw(cell, day(a.created_at), "", clockTime(a.created_at) + " UTC")],
+  ["td", (cell, a) => draw(cell, a.closed_at ? day(a.closed_at) : "", "", a.closed_at ? clockTime(a.closed_at) + " UTC" : "")],
+  ["td", (cell, a) => (a.closed_at ? draw(cell, "") : drawButton(cell, "New key…", `New key for ${a.email}…`, () => askFirst({
+    question: `Give ${a.email} a new key? The old one is refused from then on.`,
+    yes: "Yes, make a new key",
+    act: () => manage("POST", `/${a.user_id}/rotate-key`, `${a.email} has a new key.`),
+  })))],
+  ["td", (cell, a) => (a.closed_at ? draw(cell, "") : drawButton(cell, "Close…", `Close ${a.email}…`, () => askFirst({
+    question: `Close the account of ${a.email}? Its key is refused from then on, its trades stay. This cannot be undone.`,
+    yes: "Yes, close it",
+    act: () => manage("DELETE", `/${a.user_id}`, `The account of ${a.email} is closed.`),
+  })))],
+];
+
+let managing = false;
+let asked = null; // What is asked before it is done, or null.
+
+async function refreshAccounts(askedWith) {
+  const { users } = await ask("/api/v1/users");
+  if (key !== askedWith) return;
+  seen.updated = timeOfDay();
+  show("accounts");
+  drawRows($("accounts-rows"), users, (user) => user.user_id, ACCOUNT_COLUMNS);
+  draw($("accounts-count"), String(users.length));
+  drawAges();
+}
+
+function askFirst(what) {
+  asked = what;
+  $("confirm-form").hidden = !what;
+  draw($("confirm-question"), what?.question ?? "");
+  draw($("confirm-yes"), what?.yes ?? "");
+  if (what) $("confirm-no").focus();
+}
+
+function leaveIt() {
+  askFirst(null);
+  $("accounts-heading").focus();
+}
+
+async function addAccount() {
+  const email = $("email").value.trim();
+  const cash = $("account-cash").value.trim() || undefined;
+  const isAdded = await manage("POST", "", `${email} has an account.`, { email, cash });
+  if (isAdded) $("account-form").reset();
+}
+
+/** Change the accounts, say what came of it, and show the key if there is a new one; whether it was done. */
+async function manage(method, path, done, body) {
+  if (managing) return false;
+  managing = true;
+  const askedWith = key;
+  showNewKey("");
+  try {
+    const answer = await ask(`/api/v1/users${path}`, { method, body: body && JSON.stringify(body) });
+    if (key !== askedWith) return false;
+    draw($("accounts-result"), done, "gain");
+    showNewKey(answer.api_key ?? "");
+    return true;
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    const advice = problem.isAway ? " Whether it was done is not known: see below. Where a key was lost, make a new one." : "";
+    if (key === askedWith) draw($("accounts-result"), problem.message + advice, "loss");
+    return false;
+  } finally {
+    managing = false;
+    refresh();
+  }
+}
+
+function showNewKey(text) {
+  $("new-key").hidden = !text;
+  draw($("new-key-text"), text);
+  draw($("copy-result"), "");
+  if (text) $("copy-key").focus();
+}
+
+/** Copy the key; where the browser forbids it, as it does without HTTPS, select it for whoever presses Ctrl+C. */
+async function copyKey() {
+  try {
+    await navigator.clipboard.writeText($("new-key-text").textContent);
+    draw($("copy-result"), "Copied.");
+  } catch {
+    getSelection().selectAllChildren($("new-key-text"));
+    draw($("copy-result"), "Selected: press Ctrl+C or ⌘C.");
+  }
+}
+
 /* ------------------------------------------------------------------------------------------ Start */
 
 function onSubmit(id, act) {
@@ -1173,7 +1293,7 @@ function onClick(id, act) {
 
 function start() {
   onSubmit("sign-in-form", () => signIn($("key").value.trim()));
-  onClick("use-test-key", () => signIn(TEST_KEY));
+  onClick("use-test-key", useTestAccount);
   onClick("sign-out", () => signOut());
 
   let typing = 0;
@@ -1206,6 +1326,19 @@ function start() {
   });
   onSubmit("start-over-form", startOver);
 
+  onSubmit("account-form", addAccount);
+  onSubmit("confirm-form", () => {
+    const { act } = asked;
+    leaveIt();
+    act();
+  });
+  onClick("confirm-no", leaveIt);
+  onClick("copy-key", copyKey);
+  onClick("hide-key", () => {
+    showNewKey("");
+    $("accounts-heading").focus();
+  });
+
   onClick("clock-toggle", () => control("clock", "PUT", { at: seen.market.clock === "manual" ? null : seen.market.now }));
   onSubmit("clock-form", () => control("clock", "PUT", { at: `${$("clock-at").value}T00:00:00Z` }));
   $("clock").querySelectorAll(".step").forEach((button) => {
@@ -1221,6 +1354,7 @@ function start() {
 
   $("sign-out").hidden = !key;
   $("sign-in").hidden = Boolean(key);
+  $("test-account").hidden = !["127.0.0.1", "localhost", "[::1]", "0.0.0.0"].includes(location.hostname);
   drawTicket();
   refresh();
 }

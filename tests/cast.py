@@ -91,6 +91,9 @@ class Server:
             "PRICE_SOURCES": "sample",
             "ADMIN_API_KEY": ADMIN,
             "RATE_LIMIT": "1000000000 per day",
+            # In some minutes of its round the running clock passes a dividend: tests of other things are not
+            # to depend on when they run.
+            "CORPORATE_ACTIONS": "off",
             "PORT": self.port,
         } | settings
         options = ["--bind", f"127.0.0.1:{self.port}", "--workers", str(workers), "--threads", str(threads)]

@@ -85,6 +85,25 @@ class MarketStandIn:
         """
         self._bars[ticker.upper(), interval] = zone, rows
 
+    def split(self, ticker: str, moment: datetime, numerator: float, denominator: float = 1.0):
+        """Add a split to Yahoo's answer, for those who ask for events: so many shares for so many old."""
+        ratio = {"numerator": numerator, "denominator": denominator}
+        ratio["splitRatio"] = f"{numerator:g}:{denominator:g}"
+        self._add_event(ticker, "splits", moment, ratio)
+
+    def dividend(self, ticker: str, moment: datetime, amount: float):
+        """Add a dividend: what Yahoo says is paid for each of the shares that there are today."""
+        self._add_event(ticker, "dividends", moment, {"amount": amount})
+
+    def events(self, ticker: str, events):
+        """Set what Yahoo says instead of all splits and dividends of a ticker: anything that JSON can say."""
+        self._events[ticker.upper()] = events
+
+    def _add_event(self, ticker: str, kind: str, moment: datetime, event: dict):
+        seconds = int(moment.timestamp())
+        events = self._events.setdefault(ticker.upper(), {})
+        events.setdefault(kind, {})[str(seconds)] = {**event, "date": seconds}
+
     def yahoo_default(self, price="189.84", **answer):
         """Set Yahoo's answer for every ticker that has none of its own (else: no such ticker)."""
         self._yahoo_default = Answer(price, **answer)
@@ -114,6 +133,7 @@ class MarketStandIn:
         self._yahoo = {}
         self._yahoo_default = Answer(status=404)
         self._bars = {}
+        self._events = {}
         self._alphavantage = {}
         self._pypi = {}
         self.answer_again()
@@ -259,7 +279,8 @@ class Handler(BaseHTTPRequestHandler):
             answer = answers(ticker)
             if answer.body is None and answer.status == 200 and reaches_too_far(query):
                 answer = Answer(status=422, body=REACHES_TOO_FAR)
-            self.give(answer, lambda answer: chart(ticker, answer, query, *bars))
+            events = self.server.market._events.get(ticker.upper()) if "events" in query else None
+            self.give(answer, lambda answer: chart(ticker, answer, query, *bars, events))
         elif path == "/v7/finance/quote":
             asked = [(ticker, answers(ticker)) for ticker in query.get("symbols", "").split(",")]
             known = ",".join(meta(*one) for one in asked if one[1].status == 200)
@@ -304,16 +325,17 @@ def reaches_too_far(query: dict[str, str]) -> bool:
     return "period1" in query and int(query["period1"]) < time.time() - days * 86_400
 
 
-def chart(ticker: str, answer: Answer, query: dict[str, str], zone: str, rows: tuple) -> str:
+def chart(ticker: str, answer: Answer, query: dict[str, str], zone: str, rows: tuple, events=None) -> str:
     """Yahoo's chart: a price and the bars of a period, or why there are none, as Yahoo says it.
 
-    Where it has no bars it leaves their times out.
+    Where it has no bars it leaves their times out, and its events where there are none.
     """
     if answer.status == 200:
         rows = [row for row in rows if row[0].timestamp() >= int(query.get("period1", 0))]
         times = {"timestamp": [int(row[0].timestamp()) for row in rows]} if rows else {}
         fields = enumerate(("open", "high", "low", "close", "volume"), 1) if rows else ()
         quote = {field: [row[column] for row in rows] for column, field in fields}
+        times |= {"events": events} if events is not None else {}
         bars = json.dumps(times | {"indicators": {"quote": [quote]}}).removeprefix("{")
         return f'{{"chart":{{"result":[{{"meta":{meta(ticker, answer, zone)},{bars}],"error":null}}}}'
     if answer.status == 404:

@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -259,8 +261,7 @@ def yahoo():
 def record(yahoo, program, tmp_path):
     """Records what Yahoo says of these tickers; answers what the command did, and the lines of the file."""
 
-    def record(**charts: str) -> tuple[subprocess.CompletedProcess, list[str] | None]:
-        yahoo.reset()
+    def record(**charts: str | None) -> tuple[subprocess.CompletedProcess, list[str] | None]:
         for ticker, chart in charts.items():
             yahoo.yahoo(ticker.replace(".", "-"), body=chart)  # Yahoo knows BRK-B alone.
         file = tmp_path / "market.csv"
@@ -275,6 +276,7 @@ def record(yahoo, program, tmp_path):
         assert "Traceback" not in done.stderr
         return done, file.read_text().splitlines() if file.exists() else None
 
+    yahoo.reset()
     return record
 
 
@@ -283,7 +285,10 @@ def test_bars_are_recorded_without_the_noise_of_floats(record):
     done, lines = record(ABC=candles(close=[189.83999633789062, 2, 3], volume=[7, 8, 9], **prices))
     assert done.stdout.splitlines()[-1].startswith("3 bars are in ")
     assert (lines[:2], done.stderr) == (
-        ["timestamp,ticker,open,high,low,close,volume", "2020-01-02T00:00:00Z,ABC,1.37,2.5,1.25,189.84,7"],
+        [
+            "timestamp,ticker,open,high,low,close,volume,dividend,split",
+            "2020-01-02T00:00:00Z,ABC,1.37,2.5,1.25,189.84,7,,",
+        ],
         "",
     )
 
@@ -348,3 +353,108 @@ def test_a_ticker_of_which_nothing_is_left_is_refused_and_no_file_is_made(record
     done, lines = record(GOOD=candles(close=[1, 2, 3]), BAD=chart)
     assert (done.returncode, lines) == (1, None)
     assert done.stderr.splitlines()[-1] == "Error: BAD: its answer has no prices."
+
+
+# With splits and dividends
+
+
+def opens(day: int) -> datetime:
+    """When New York opens, so many days after 2020-01-02; the third and fourth are a weekend."""
+    return datetime.fromtimestamp(DAY_1, UTC) + timedelta(days=day)
+
+
+def test_prices_are_recorded_as_they_were_before_a_split(record, yahoo):
+    yahoo.bars(
+        "ABC",
+        "1d",
+        (opens(0), 10.0, 10.5, 9.5, 10.0, 1000),
+        (opens(1), 10.0, 11.25, 10.0, 11.0, 5),
+        (opens(4), 11.0, 12.0, 11.0, 12.0, 700),
+        (opens(5), 12.0, 12.0, 12.0, 12.5, 800),
+    )
+    yahoo.dividend("ABC", opens(1), 0.025)
+    yahoo.split("ABC", opens(4), 10.0)
+    yahoo.dividend("ABC", opens(5), 0.3)
+    done, lines = record(ABC=None)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert lines[1:] == [
+        "2020-01-02T00:00:00Z,ABC,100,105,95,100,100,,",
+        "2020-01-03T00:00:00Z,ABC,100,112.5,100,110,0.5,0.25,",
+        "2020-01-06T00:00:00Z,ABC,11,12,11,12,700,,10:1",
+        "2020-01-07T00:00:00Z,ABC,12,12,12,12.5,800,0.3,",
+    ]
+    assert [path.partition("?")[2] for _, path in yahoo.requests if "/ABC" in path] == [
+        "range=1y&interval=1d&events=div%2Csplit&crumb=crumb"
+    ]
+
+
+def test_what_was_recorded_is_worth_through_all_splits_what_yahoo_says(record, yahoo, tmp_path):
+    """Who holds shares from the first bar on has the growth of Yahoo's adjusted prices, by the file alone."""
+    adjusted = [3.0, 3.3, 3.6, 3.9, 4.2, 4.5]
+    rows = [(opens(day), close, close, close, close, 0) for day, close in enumerate(adjusted)]
+    yahoo.bars("ABC", "1d", *rows)
+    for day, *ratio in ((1, 3.0, 2.0), (3, 1.0, 8.0), (5, 10.0, 1.0)):
+        yahoo.split("ABC", opens(day), *ratio)
+        yahoo.dividend("ABC", opens(day), 0.01)
+    record(ABC=None)
+    bars = recorded.read(tmp_path / "market.csv")["ABC"]
+    assert [bar.split for bar in bars] == [1, Fraction(3, 2), 1, Fraction(1, 8), 1, 10]
+    assert [bar.dividend for bar in bars] == [0, Decimal("0.0125"), 0, Decimal("0.1"), 0, Decimal("0.01")]
+    held, worth = Fraction(1), []
+    for bar in bars:
+        held *= bar.split
+        worth.append(held * Fraction(bar.close) / Fraction(bars[0].close))
+    assert worth == [Fraction(str(close)) / 3 for close in adjusted]
+
+
+def test_what_happens_on_a_day_without_a_bar_is_the_next_ones(record, yahoo):
+    yahoo.bars("ABC", "1d", *[(opens(day), *[6.0] * 4, 1) for day in (0, 4, 5)])
+    yahoo.bars("XYZ", "1d", *[(opens(day), *[6.0] * 4, 1) for day in (0, 1)])
+    for day in (2, 3, 4):
+        yahoo.split("ABC", opens(day), 3.0, 2.0)
+        yahoo.dividend("ABC", opens(day), 1.0)
+    yahoo.split("XYZ", opens(4), 2.0)
+    _, lines = record(ABC=None, XYZ=None)
+    assert lines[1:] == [
+        "2020-01-02T00:00:00Z,ABC,20.25,20.25,20.25,20.25,0.2962963,,",
+        "2020-01-02T00:00:00Z,XYZ,12,12,12,12,0.5,,",
+        "2020-01-03T00:00:00Z,XYZ,12,12,12,12,0.5,,",
+        "2020-01-06T00:00:00Z,ABC,6,6,6,6,1,4.75,27:8",
+        "2020-01-07T00:00:00Z,ABC,6,6,6,6,1,,",
+    ]
+
+
+def test_an_event_is_of_the_exchanges_own_day(record, yahoo):
+    opens = [datetime(2020, 1, day, 23, tzinfo=UTC) for day in (1, 2)]  # At 10:00 of the next day.
+    yahoo.bars("ABC", "1d", *[(moment, 1, 1, 1, 1, 1) for moment in opens], zone="Australia/Sydney")
+    yahoo.split("ABC", opens[1], 2.0)
+    _, lines = record(ABC=None)
+    assert [(line[:10], line.rpartition(",")[2]) for line in lines[1:]] == [
+        ("2020-01-02", ""),
+        ("2020-01-03", "2:1"),
+    ]
+
+
+def test_a_price_that_the_books_cannot_have_before_a_split_is_left_out(record, yahoo):
+    rows = [(0, 2e-6, 1), (1, 1e-8, 1), (4, 1, 1)]
+    yahoo.bars("ABC", "1d", *[(opens(day), None, None, 9e9, close, size) for day, close, size in rows])
+    yahoo.split("ABC", opens(4), 1.0, 10.0)
+    yahoo.bars("XYZ", "1d", *[(opens(day), 1, 2e9, 1, 1, 1) for day in (0, 4)])
+    yahoo.split("XYZ", opens(4), 10.0)
+    done, lines = record(ABC=None, XYZ=None)
+    assert "ABC: left out 1 days whose close is 0 to 8 decimals, or no price." in done.stderr
+    assert lines[1:] == [
+        "2020-01-02T00:00:00Z,ABC,,,900000000,0.0000002,10,,",
+        "2020-01-02T00:00:00Z,XYZ,10,,10,10,0.1,,",
+        "2020-01-06T00:00:00Z,ABC,,,9000000000,1,1,,1:10",
+        "2020-01-06T00:00:00Z,XYZ,1,2000000000,1,1,1,,10:1",
+    ]
+
+
+def test_splits_that_no_file_could_have_are_refused_and_no_file_is_made(record, yahoo):
+    yahoo.bars("ABC", "1d", *[(opens(day), 1, 1, 1, 1, 1) for day in (0, 4)])
+    for day in (2, 3):
+        yahoo.split("ABC", opens(day), 1000.0)
+    done, lines = record(ABC=None)
+    assert (done.returncode, lines) == (1, None)
+    assert done.stderr.splitlines()[-1] == "Error: ABC: its splits or dividends are too many."

@@ -8,12 +8,16 @@ tested on both databases elsewhere, so one of them is enough here.
 import os
 import re
 import shutil
+import sys
+import uuid
 from contextlib import contextmanager
 from decimal import Decimal
+from functools import partial
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from cast import ROOT, Server, Trader
+from cast import ADMIN, ROOT, Server, Trader
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 pytestmark = pytest.mark.parametrize("engine_name", ["sqlite"], indirect=True, scope="session")
@@ -58,11 +62,11 @@ class Visit:
         expect(self["sign-in"]).to_be_visible()
         return self
 
-    def signs_in(self) -> "Visit":
+    def signs_in(self, opens="dashboard") -> "Visit":
         self.opens_the_page()
         self["key"].fill(self.trader.key)
-        self.page.get_by_role("button", name="Open", exact=True).click()
-        expect(self["dashboard"]).to_be_visible()
+        self.presses("Open")
+        expect(self[opens]).to_be_visible()
         return self
 
     def __getitem__(self, name: str):
@@ -158,6 +162,29 @@ def visit(browser, alice) -> Visit:
 
 
 # Signing in
+
+
+def test_a_visitor_without_a_key_is_told_who_gives_one(visit):
+    visit.opens_the_page().reads("sign-in", "Buy and sell shares and coins with simulated dollars")
+    visit.reads("sign-in", "flask --app app user add EMAIL").presses("Use the test account")
+    visit.reads("sign-in-problem", "This server has no test account").reads("sign-in", "No key yet?")
+    visit.overlook("401 (UNAUTHORIZED)")
+
+
+def test_a_visitor_from_elsewhere_is_offered_no_test_account(browser, alice):
+    with visiting(browser, alice) as visit:
+        visit.url = visit.url.replace("127.0.0.1", "broker.localhost")
+        visit.opens_the_page().reads("sign-in", "flask --app app user add EMAIL")
+        expect(visit["use-test-key"]).to_be_hidden()
+
+
+@pytest.mark.usefixtures("engine_name")  # The embedded one is SQLite.
+def test_the_test_account_is_one_click_on_a_computer_of_ones_own(browser, program):
+    server = Server("", command=[sys.executable, "app.py"])
+    server.folder = program
+    with server, visiting(browser, Trader(server, "test@example.com", "test-api-key-123", 1)) as visit:
+        visit.opens_the_page().presses("Use the test account").reads("equity", "100,000.00")
+        expect(visit["equity-heading"]).to_be_focused()
 
 
 def test_a_key_opens_its_account(visit):
@@ -597,6 +624,60 @@ def test_amounts_are_shown_with_their_exact_digits(browser, server):
         assert re.findall(r"\S*\.\d{9,}\S*|\S*\de[-+]?\d\S*|NaN|undefined|Infinity|null", everything) == []
 
 
+def test_the_figures_of_a_run_are_those_of_its_history(visit):
+    alice = visit.trader
+    alice.buys(50, "AAPL")
+    alice.advances(5)
+    alice.sells(10, "AAPL")
+    summary = alice.get("/api/v1/account/history")["summary"]
+    visit.signs_in().reads("summary", "Sharpe ratio")
+    words = visit["summary"].inner_text().replace("−", "-").replace(",", "").split("\n")
+    figures = {
+        "Return a year": f"{summary['annual_return_percent']:+.2f} %",
+        "Volatility a year": f"{summary['annual_volatility_percent']:.2f} %",
+        "Sharpe ratio": f"{summary['sharpe_ratio']:.2f}",
+        "Sortino ratio": f"{summary['sortino_ratio']:.2f}",
+        "Days with holdings": f"{summary['exposure_percent']:.2f} %",
+    }
+    words = [word for word in words if word]
+    assert {name: words[words.index(name) + 1] for name in figures} == figures
+
+
+def test_what_happens_to_a_holding_is_no_sale(visit):
+    """Nobody orders a split, a dividend or a correction, so here they are put into the answer on the way."""
+    alice = visit.trader
+    alice.buys(10, "AAPL")
+    alice.advances(5)
+    reason = "A quantity that was written twice is taken back."
+    happened = [
+        {"trade_type": "correction", "quantity": -5, "price": None, "market_price": None, "reason": reason},
+        {"trade_type": "dividend", "quantity": 10, "price": 2.65, "total_amount": 26.5},
+        {"trade_type": "split", "quantity": 70, "price": 0, "ratio": "7:1"},
+    ]
+    nothing = {"market_time": "2012-06-04T00:00:00Z", "realized_pnl": None, "order_id": None}
+
+    def lengthened(route: Route):
+        answer = route.fetch()
+        [trade] = answer.json()["trades"]
+        more = [trade | nothing | {"id": str(99 - i)} | event for i, event in enumerate(happened)]
+        route.fulfill(response=answer, json=answer.json() | {"trades": [*more, trade]})
+
+    visit.page.route("**/api/v1/trades?*", lengthened)
+    visit.signs_in().reads("trades-rows", reason)
+    rows = visit["trades-rows"].locator("tr")
+    cells = [rows.nth(i).locator("td").all_inner_texts() for i in range(4)]
+    assert [[row[2], *row[4:6], row[8], row[12]] for row in cells] == [
+        ["Correction", "−5", "", "", reason],
+        ["Dividend", "10", "2.65", "", ""],
+        ["Split 7:1", "70", "0.00", "", ""],
+        ["Buy", "10", "560.99", "", ""],
+    ]
+    assert re.findall("null|undefined|NaN", visit["trades"].inner_text()) == []
+    visit.presses("AAPL, chart of its price").reads("chart-said", "with ▲ 1 purchase and ▼ 0 sales.")
+    assert pixels_of(visit.page, "--gain", "chart-plot") > 20
+    assert pixels_of(visit.page, "--loss", "chart-plot") == 0
+
+
 def test_older_trades_are_a_page_away(visit):
     alice = visit.trader.sees("IBM", at=1)
     for quantity in range(1, 28):
@@ -684,6 +765,75 @@ def test_the_sample_clock_is_stopped_and_stepped(visit):
     visit.presses("+5").reads("clock-now", "2012-06-11 00:00 UTC")
 
 
+# The admin's accounts
+
+
+@pytest.fixture
+def admin(browser, server):
+    """Whoever runs the server, with the admin's key."""
+    with visiting(browser, Trader(server, "", ADMIN, 0)) as visit:
+        visit.overlook("403 (FORBIDDEN)")  # So the page learns whose key it is.
+        yield visit
+
+
+def test_the_admin_opens_an_account_renews_its_key_and_closes_it(admin, server):
+    email = f"carol-{uuid.uuid4().hex[:12]}@example.com"
+    admin.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    admin.signs_in(opens="accounts")
+    expect(admin["accounts-heading"]).to_be_focused()
+    admin["email"].fill(email)
+    admin["account-cash"].fill("2500.50")
+    admin.presses("Add account").reads("accounts-result", f"{email} has an account.")
+    admin.reads("accounts-rows", email)
+
+    carol = Trader(server, email, admin["new-key-text"].inner_text(), 0)
+    assert carol.cash == Decimal("2500.5")
+    admin.presses("Copy").reads("copy-result", "Copied.")
+    assert admin.page.evaluate("navigator.clipboard.readText()") == carol.key
+    row = admin["accounts-rows"].locator("tr", has_text=email)
+    assert row.locator("th, td").all_inner_texts()[2:5:2] == ["2,500.50", ""]
+
+    admin.presses(f"New key for {email}…").presses("Yes, make a new key")
+    admin.reads("accounts-result", f"{email} has a new key.").reads("new-key", "shown this once")
+    renewed = Trader(server, email, admin["new-key-text"].inner_text(), 0)
+    assert (carol.ask("GET", "/api/v1/balance").status_code, renewed.cash) == (401, Decimal("2500.5"))
+    stored = "[sessionStorage.getItem('key'), sessionStorage.length, localStorage.length, document.cookie]"
+    assert admin.page.evaluate(stored) == [ADMIN, 1, 0, ""]
+    assert [url for url in admin.asked if carol.key in url or renewed.key in url] == []
+    admin.presses("Done, hide it")
+    assert not any(key in admin.page.content() for key in (carol.key, renewed.key))
+
+    admin.presses(f"Close {email}…").reads("confirm-question", "This cannot be undone.")
+    expect(admin["confirm-no"]).to_be_focused()
+    admin.presses("No, leave it")
+    assert renewed.cash == Decimal("2500.5")
+    admin.presses(f"Close {email}…").presses("Yes, close it")
+    admin.reads("accounts-result", f"The account of {email} is closed.")
+    expect(row.locator("td").nth(3)).to_have_text(re.compile("^20.{8}$"))
+    expect(row.get_by_role("button")).to_have_count(0)
+    assert renewed.ask("GET", "/api/v1/balance").status_code == 401
+
+
+def test_a_key_that_the_browser_will_not_copy_is_selected(admin, server):
+    """Without HTTPS it has no clipboard for a page, but on the computer itself."""
+    admin.page.add_init_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    email = server.trader().email
+    admin.signs_in(opens="accounts").presses(f"New key for {email}…").presses("Yes, make a new key")
+    admin.presses("Copy").reads("copy-result", "press Ctrl+C")
+    key = admin["new-key-text"].inner_text()
+    assert (len(key), admin.page.evaluate("getSelection().toString()")) == (64, key)
+
+
+def test_what_the_admin_may_not_do_is_said_in_a_sentence(admin, server):
+    taken = server.trader().email
+    admin.signs_in(opens="accounts")["email"].fill(taken)
+    admin.presses("Add account").reads("accounts-result", "is already in use")
+    admin["account-cash"].fill("a lot")
+    admin.presses("Add account").reads("accounts-result", re.compile("cash"))
+    expect(admin["new-key"]).to_be_hidden()
+    admin.overlook("Failed to load resource")
+
+
 # Without a server
 
 
@@ -738,6 +888,18 @@ def test_a_phone_needs_no_sideways_scroll(browser, alice):
         visit.overlook("Failed to load resource")
 
 
+def found_by_axe(page: Page) -> list[str]:
+    """What axe calls serious or critical."""
+    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+    assert found["passes"], "axe has looked at nothing"
+    return [
+        f"{violation['id']}: {node['html']}"
+        for violation in found["violations"]
+        for node in violation["nodes"]
+        if violation["impact"] in ("serious", "critical")
+    ]
+
+
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_axe_finds_nothing_serious(visit, colours):
     alice = visit.trader
@@ -747,17 +909,7 @@ def test_axe_finds_nothing_serious(visit, colours):
     alice.sees("AAPL", at=600).sees("GOOG", at=100)
     visit.page.emulate_media(color_scheme=colours)
     visit.page.add_init_script(path=AXE)
-
-    def serious_violations() -> list[str]:
-        found = visit.page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
-        assert found["passes"], "axe has looked at nothing"
-        return [
-            f"{violation['id']}: {node['html']}"
-            for violation in found["violations"]
-            for node in violation["nodes"]
-            if violation["impact"] in ("serious", "critical")
-        ]
-
+    serious_violations = partial(found_by_axe, visit.page)
     visit.opens_the_page()
     assert serious_violations() == []
     visit.signs_in().writes_an_order("buy", 1000, "AAPL").presses("Place buy order")
@@ -772,6 +924,59 @@ def test_axe_finds_nothing_serious(visit, colours):
     visit.page.evaluate("sayAway('The server does not answer.')")
     assert serious_violations() == []
     visit.overlook("Failed to load resource")
+
+
+def test_the_admins_page_is_for_everybody_too(admin, server):
+    email = server.trader().email
+    admin.page.add_init_script(path=AXE)
+    admin.signs_in(opens="accounts").presses(f"New key for {email}…").presses("Yes, make a new key")
+    admin.reads("new-key", "shown this once").presses(f"Close {email}…")
+    for colours in ("light", "dark"):
+        admin.page.emulate_media(color_scheme=colours)
+        assert found_by_axe(admin.page) == []
+    admin.page.set_viewport_size({"width": 390, "height": 844})
+    assert no_sideways_scroll(admin.page)
+
+
+# A picture of it
+
+
+def width_of(picture: Path) -> int:
+    """In pixels, as a PNG's header has it."""
+    header = picture.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(header[16:20])
+
+
+def test_the_readmes_picture_can_be_taken_again(browser, alice, tmp_path):
+    """`DASHBOARD_PICTURE=docs/dashboard.png pytest -n0 -k picture` takes it; all else leaves it alone."""
+    alice.goes_to("2012-03-01T00:00:00Z")
+    alice.buys(40, "AAPL")
+    alice.buys(20, "GOOG")
+    alice.buys(60, "IBM")
+    alice.buys(30, "SPY")
+    alice.advances(30)
+    alice.sells(15, "AAPL")
+    alice.buys(400, "MSFT")
+    alice.advances(40)
+    alice.sells(8, "GOOG")
+    alice.buys("1.5", "ETH-USD")
+    alice.advances(55)
+    with visiting(browser, alice) as visit:
+        visit.signs_in().reads("readout", "2012").reads("holdings-count", "6")
+        visit.writes_an_order_that_rests(
+            "buy", 20, "AAPL", "limit", price=640, take_profit=720, stop_loss=600
+        )
+        visit.reads("quote", "AAPL: ").reads("estimate", "Costs about 12,800.00 USD")
+        visit.page.evaluate("document.activeElement.blur()")
+        below = visit["orders"].bounding_box()["y"]
+        picture = tmp_path / "dashboard.png"
+        visit.page.screenshot(
+            path=picture, full_page=True, clip={"x": 0, "y": 0, "width": 1280, "height": below}
+        )
+    if wanted := os.environ.get("DASHBOARD_PICTURE"):
+        shutil.copy(picture, wanted)
+    assert width_of(picture) == width_of(ROOT / "docs" / "dashboard.png") == 1280
 
 
 # The API's page

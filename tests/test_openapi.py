@@ -160,6 +160,8 @@ def test_every_route_answers_as_described(description, alice, server):
     new = admin.ask("POST", "/api/v1/users", json={"email": f"new-{alice.email}"}).json()
     admin.ask("POST", "/api/v1/users", json={"email": f"new-{alice.email}"})
     admin.ask("POST", f"/api/v1/users/{new['user_id']}/rotate-key")
+    wrong = {"ticker": "IBM", "quantity": 1, "cash": "-0.5", "reason": "It was promised."}
+    admin.ask("POST", f"/api/v1/users/{new['user_id']}/corrections", json=wrong)
     admin.ask("DELETE", f"/api/v1/users/{new['user_id']}")
     admin.ask("DELETE", f"/api/v1/users/{new['user_id']}")
     assert admin.ask("DELETE", f"/api/v1/users/{10**30}").status_code == 404
@@ -192,11 +194,12 @@ expected-statuses = [200, 201, 401, 403, 404, 409, 422]
 
 # Well formed, and refused for what it means: a page that is not one's own, a time that is not recorded, an
 # order without a size or with a price that its type has not, tickers of which one is too long or a hundred
-# too many, bars finer than recorded.
+# too many, bars finer than recorded, a correction of nothing.
 [[operations]]
 include-name = [
   "GET /api/v1/trades", "GET /api/v1/orders", "GET /api/v1/prices", "PUT /api/v1/market/clock",
   "POST /api/v1/trade", "GET /api/v1/bars/{ticker}", "POST /api/v1/orders", "PATCH /api/v1/orders/{id}",
+  "POST /api/v1/users/{user_id}/corrections",
 ]
 [operations.checks.positive_data_acceptance]
 expected-statuses = [200, 201, 400, 401, 403, 404, 409, 422]

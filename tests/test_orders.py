@@ -11,7 +11,7 @@ from cast import Database, Server
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from models import Account, Costs
-from orders import Passed, PlacedOrder, settle
+from orders import Passed, PlacedOrder, Tick, settle
 
 BARS = """timestamp,ticker,open,high,low,close,volume
 2024-03-04T10:00:00Z,XYZ,100,100,100,100,1
@@ -44,9 +44,10 @@ def bar(*prices) -> Passed:
 def shown(orders, *bars):
     """The ids of the orders that are filled, with the price that makes them due."""
     filled = []
-    for order, _, price in settle(orders, [(one.market_time, {"XYZ": one}) for one in bars], lambda *_: None):
-        order.close("filled", orders)
-        filled.append((order.id, price))
+    ticks = [Tick(one.market_time, {"XYZ": one}) for one in bars]
+    for _, due in settle(orders, ticks, lambda *_: None):
+        due.order.close("filled", orders)
+        filled.append((due.order.id, due.market_price))
     return filled
 
 
