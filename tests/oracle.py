@@ -480,22 +480,20 @@ class Broker:
             if max(down(new), self.cash() + total) >= MOST:
                 return
             self.record(ticker, "split", quantity, total, price=price, market=price, ratio=ratio)
-        for order in self.orders:
-            if order["ticker"] == ticker and order["status"] in ("open", "held"):
-                self.adjust(order, ratio)
+        for order in [o for o in self.live() if o["ticker"] == ticker]:
+            self.adjust(order, ratio)
 
     def adjust(self, order, ratio):
-        """An order after a split. One that cannot stand ends with the numbers that it had."""
+        """An order after a split. One that ends at it has its new numbers as well, if there can be such."""
         names = [name for name in ("limit", "stop", "amount") if order[name] is not None]
         new = {name: nearest(order[name] / ratio) for name in names}
         new["quantity"] = down(order["quantity"] * ratio)
-        if not all(0 < n < 10**10 for n in new.values()):
-            return self.close(order, "canceled")
-        old = dict(order)
-        order |= new
+        can_be = all(0 < n < 10**10 for n in new.values())
+        order |= new if can_be else {}
+        if order["status"] == "canceled":
+            return  # With one of those before it.
         order["needs"] = self.needs(order)
-        if self.cash() < self.reserved_cash():
-            order |= old
+        if not can_be or self.cash() < self.reserved_cash():
             self.close(order, "canceled")
 
     def pinned(self):

@@ -9,9 +9,9 @@ Where the rules leave a question, the broker on paper takes it so:
 - A row is booked for whoever holds the ticker, also where what it comes to is rounded down to nothing.
 - A pin stays as it is through a split, which is booked at the recorded price.
 - What is taken back on the way back is taken back in the opposite order, all of it where the clock arrives.
-- An order that cannot stand after a split ends with the numbers that it had before, and takes with it
-  what a cancel would. Orders are changed in the order of their ids, and the cash must cover all that is held
-  back after each of them. A sale holds back anew, too, what its least commission takes beyond its proceeds.
+- Orders are changed in the order of their ids, and the cash must cover all that is held back after each of
+  them. A sale holds back anew, too, what its least commission takes beyond its proceeds. An order that ends
+  takes with it what a cancel would. It has its new numbers, but for one that cannot have such.
 - A correction is made at the account's own time. It leaves open orders what they hold back, or is refused as
   a trade would be.
 - An action that is too much for an account leaves its orders alone as well.
