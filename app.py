@@ -3,14 +3,15 @@
     App               the settings in force, the Flask app, how often a request is tried
     Errors            every answer that is not a success, as problem+json
     Who asks          whose key a request carries
-    Routes            the API; `trade` is the heart of the program, start reading there
+    Routes            the API; `trade` and `execute` are the heart of the program, start reading there
     Commands          what `flask user` and `python app.py` do
 
 A request comes in through `Gate`, `Simulator.dispatch_request` (which may try it again), `admit` and the
 decorators of its route. What an account may do with its money is in `models.py`, how an order waits in
 `orders.py`, what came of it all in `results.py`, where prices come from in `pricing.py`, what comes in and
 goes out in `messages.py`, and what it takes to stand in public (limits, headers) in `public.py`. Programs
-that were written for Alpaca find its routes in `alpaca_face.py`, in front of the same books.
+that were written for Alpaca find its routes in `alpaca_face.py`, in front of the same books; what an alert of
+TradingView's says is in `tradingview.py`.
 """
 
 import csv
@@ -51,6 +52,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 import alpaca_face
 import openapi
 import public
+import tradingview
 from corporate import CorporateAction
 from database import READ_ONLY, OutcomeUnknown, db, transaction, use_database
 from messages import (
@@ -131,6 +133,7 @@ from pricing import (
 from recorded import ONE, BadFile, Bar, ticker_from, written
 from results import AuditAnswer, Books, HistoryAnswer
 from settings import read_settings
+from tradingview import Alert
 
 VERSION = "1.0.0"
 
@@ -288,15 +291,9 @@ class Simulator(Flask):
                 time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
 
 
-REPEATABLE = (
-    "trade",
-    "correct",
-    "place_order",
-    "replace_order",
-    "alpaca.place_order",
-    "alpaca.replace_order",
-)
-REPEATABLE += ("alpaca.close_position", "alpaca.close_positions")
+REPEATABLE = ("trade", "trade_on_alert", "place_order", "replace_order", "correct")
+REPEATABLE += ("alpaca.place_order", "alpaca.replace_order", "alpaca.close_position")
+REPEATABLE += ("alpaca.close_positions",)
 """They look up first whether their key has been used."""
 
 
@@ -467,6 +464,12 @@ def admit() -> None:
     claim_database()
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     key = key.strip() if scheme.lower() == "bearer" else ""
+    unreadable = None
+    if request.path == "/api/v1/webhook/tradingview" and request.method == "POST":
+        try:
+            key = tradingview.sent_key()
+        except (Refused, HTTPException) as error:
+            key, unreadable = "", error  # Which counts as a wrong key.
     if is_alpacas:
         key = key or alpaca_face.sent_key()
         if not key and market.is_sample and alpaca_face.needs_no_key():
@@ -479,7 +482,7 @@ def admit() -> None:
         g.account, g.user_id = account, account.user_id
     if not (is_admin or account):
         counter.count(f"wrong keys from {public.client_address()}", public.WRONG_KEYS)
-        raise unauthorized()
+        raise unreadable or unauthorized()
     counter.count(f"user {account.user_id}" if account else "admin", settings.RATE_LIMIT)
     is_admins_path = re.match("/api/v1/users(/|$)", request.path)
     if is_admins_path and not is_admin:
@@ -775,20 +778,16 @@ def at_the_market() -> tuple[Account, Sequence, dict[str, Quote]]:
     return account, holdings, quotes
 
 
+OF_A_TRADE = (
+    *("unknown_ticker", "price_below_market", "price_above_market", "insufficient_funds"),
+    *("insufficient_shares", "unsupported_currency", "unsupported_price", "stale_price", "limit_exceeded"),
+    *("market_is_live", "idempotency_key_reused", "price_unavailable", "outcome_unknown"),
+)
+
+
 @app.post("/api/v1/trade")
 @takes(Order, query=TradeOptions, order_key=True)
-@refuses(
-    *(
-        "unknown_ticker",
-        "price_below_market",
-        "price_above_market",
-        "insufficient_funds",
-        "insufficient_shares",
-    ),
-    *("unsupported_currency", "unsupported_price", "stale_price", "limit_exceeded"),
-    *("market_is_live", "idempotency_key_reused"),
-    *("price_unavailable", "outcome_unknown"),
-)
+@refuses(*OF_A_TRADE)
 @drillable
 def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
     """Buy or sell, in full and at once, or be refused with the reason.
@@ -798,18 +797,37 @@ def trade(order: Order, options: TradeOptions, order_key: str) -> TradeAnswer:
     order (without) is booked at the market price, less favourable by the slippage that is in force. With an
     `Idempotency-Key` an order is safe to send again: it is booked once, and answered the same.
     """
+    return execute(order, order_key, options.dry_run)
+
+
+@app.post("/api/v1/webhook/tradingview")
+@takes(Alert, order_key=True, webhook=True)
+@refuses(*OF_A_TRADE)
+@drillable
+def trade_on_alert(alert: Alert, order_key: str) -> TradeAnswer:
+    """Trade as an alert of TradingView's says, which has the API key in its body.
+
+    It is an order like any other at `/api/v1/trade`, with `key` for the header, and `id` for the
+    `Idempotency-Key`. Any content type will do. A ticker may have its exchange before it, and `BTCUSD` is
+    `BTC-USD`.
+    """
+    return execute(alert, alert.id or order_key)
+
+
+def execute(order: Order, order_key: str, dry_run: bool = False) -> TradeAnswer:
+    """Trade at once, one time under the key; what is answered, and with a replay the answer's headers."""
     # `Simulator.dispatch_request` has let the request in (`admit`, which fills `g`) and may call this again.
     # Before the lock, as no locked row waits for Yahoo; a refusal is raised by `fill`: a replay needs none.
     quote = market.look_up(order.ticker, g.account)
 
-    with transaction(g.user_id, keep=not options.dry_run):
+    with transaction(g.user_id, keep=not dry_run):
         account = locked(g.user_id, g.key_hash, order.ticker, order_key)
         if earlier := earlier_under_key(account):  # Its first answer needs no price.
             answer, headers = replay(earlier, earlier.is_for(order), type(earlier).to_dict)
-            return answer | (REHEARSED if options.dry_run else {}), headers
+            return answer | (REHEARSED if dry_run else {}), headers
         quote = quote_for(account, order.ticker, quote)
         booked = account.fill(order, quote, account.holding(order.ticker), COSTS)
-        if options.dry_run:
+        if dry_run:
             g.pop("filled", None)
             return booked.to_dict() | REHEARSED
         account.book(booked, account.holding(order.ticker), order_key)

@@ -134,7 +134,7 @@ class Refused(Exception):
 
 
 def unauthorized() -> Refused:
-    return Refused("unauthorized", "Send your API key: `Authorization: Bearer <key>`.")
+    return Refused("unauthorized", "Send your API key: `Authorization: Bearer <key>`, or in an alert `key`.")
 
 
 def invalid(errors: Iterable[dict]) -> Refused:
@@ -224,6 +224,12 @@ def checked_email(text: str) -> str:
 def checked_key(text: str) -> str:
     if not re.fullmatch(API_KEY, text):
         raise ValueError("must be 8 to 255 printable ASCII characters without spaces")
+    return text
+
+
+def checked_order_key(text: str) -> str:
+    if not re.fullmatch("[ -~]{1,255}", text):
+        raise ValueError("must be 1 to 255 printable ASCII characters")
     return text
 
 
@@ -818,24 +824,26 @@ def unique_members(pairs: list) -> dict:
 # -------------------------------------------------------------------------------- Reading requests
 
 
-def takes(body=None, query=NoOptions, path=None, body_may_miss=False, order_key=False):
+def takes(body=None, query=NoOptions, path=None, body_may_miss=False, order_key=False, webhook=False):
     """What a route takes: it is checked first, handed to the route, and told by /openapi.json.
 
     The route is called with the `body`, the `query` and the order's key, as far as it takes them, and with
-    the parts of its `path`. An unknown member or parameter is refused, as is one that comes twice.
+    the parts of its `path`. An unknown member or parameter is refused, as is one that comes twice. The body
+    of a `webhook` may call itself what it likes, and the API key is in it.
     """
 
     def decorate(route):
         @wraps(route)
         def reading(**parts):
-            asked = [read(body, body_may_miss)] if body else []
+            asked = [read(body, body_may_miss, webhook)] if body else []
             values = request.args.to_dict(flat=False) if request.query_string else {}
             options = checked(query, {name: v[0] if len(v) == 1 else v for name, v in values.items()})
             asked += [options] if query is not NoOptions else []
             asked += [idempotency_key()] if order_key else []
             return route(*asked, **(dict(checked(path, parts)) if path else parts))
 
-        reading.takes = {"body": body, "query": query, "path": path, "body_may_miss": body_may_miss}
+        reading.takes = {"body": body, "query": query, "path": path}
+        reading.takes |= {"body_may_miss": body_may_miss, "webhook": webhook}
         reading.headers = [*getattr(route, "headers", []), *([ORDER_KEY] if order_key else [])]
         return reading
 
@@ -852,8 +860,8 @@ def refuses(*codes: str):
     return decorate
 
 
-def read(model: type[BaseModel], may_miss: bool) -> BaseModel:
-    """The request's JSON body as a `model`; refused unless every member is known and in order."""
+def content() -> bytes:
+    """The request's body, whole; refused if it was cut short."""
     if "unreadable" in g:
         raise g.unreadable  # Read again, it would seem to end where it broke off.
     try:
@@ -867,11 +875,17 @@ def read(model: type[BaseModel], may_miss: bool) -> BaseModel:
             "invalid_json",
             f"The body has {len(content)} bytes and Content-Length said {request.content_length}.",
         )
-    if may_miss and not content:
+    return content
+
+
+def read(model: type[BaseModel], may_miss: bool, any_type: bool) -> BaseModel:
+    """The request's JSON body as a `model`; refused unless every member is known and in order."""
+    body = content()
+    if may_miss and not body:
         return model()
-    if request.mimetype != "application/json":
+    if not any_type and request.mimetype != "application/json":
         raise Refused("unsupported_media_type", "Send JSON: `Content-Type: application/json`.")
-    return checked(model, parsed(content))
+    return checked(model, parsed(body))
 
 
 def checked(model: type[BaseModel], document) -> BaseModel:
@@ -900,6 +914,7 @@ def idempotency_key() -> str:
     key = request.headers.get(ORDER_KEY)
     if key is None:
         return g.setdefault("own_key", f"request {uuid4()}")
-    if not re.fullmatch(r"[ -~]{1,255}", key):
-        raise invalid([{"field": ORDER_KEY, "message": "must be 1 to 255 printable ASCII characters"}])
-    return key
+    try:
+        return checked_order_key(key)
+    except ValueError as error:
+        raise invalid([{"field": ORDER_KEY, "message": str(error)}]) from None

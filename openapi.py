@@ -108,7 +108,8 @@ class Document:
         summary, _, description = inspect.getdoc(route).partition("\n")
         tag = TAGS[max((path for path in TAGS if rule.rule.startswith(path)), key=len)]
         is_api = rule.rule.startswith("/api/")
-        takes = getattr(route, "takes", dict.fromkeys(("body", "query", "path")))
+        takes = getattr(route, "takes", dict.fromkeys(("body", "query", "path", "webhook")))
+        has_key_in_header = is_api and not takes["webhook"]
         responses = self.successes(route) | self.refusals(rule, route, takes)
         for response in responses.values():
             response["headers"] |= headers(["X-Request-Id", *COUNTED] if is_api else ["X-Request-Id"])
@@ -117,7 +118,7 @@ class Document:
             "summary": summary,
             "description": description.strip(),
             "tags": [tag],
-            "security": [{"admin" if "admin" in tag else "trader": []}] if is_api else [],
+            "security": [{"admin" if "admin" in tag else "trader": []}] if has_key_in_header else [],
             "parameters": list(self.parameters(rule, route, takes)),
             "responses": responses,
         }
@@ -161,6 +162,7 @@ class Document:
         codes = OF_ALL | set(getattr(route, "refuses", ()))
         codes |= OF_API if rule.rule.startswith("/api/") else set()
         codes |= OF_BODIES if takes["body"] else set()
+        codes -= {"unsupported_media_type"} if takes["webhook"] else set()
         codes |= {"not_found"} if rule.arguments else set()
         by_status = defaultdict(list)
         for code in sorted(codes):

@@ -294,14 +294,16 @@ class PlacedOrder(db.Model):
         self.stop_price = stop if self.stop_price is None else better(self.stop_price, stop)
 
     def split(self, ratio: Fraction) -> bool:
-        """Be for so many more shares, at prices so much lower; False if no order can be like that."""
-        prices = ("limit_price", "stop_price", "trail_amount")
-        self.quantity = times(self.quantity, ratio, ROUND_FLOOR)
-        for name in prices:
+        """Be for so many more shares, at prices so much lower; False, and as it was, if no order can be like
+        that."""
+        changed = {"quantity": times(self.quantity, ratio, ROUND_FLOOR)}
+        for name in ("limit_price", "stop_price", "trail_amount"):
             if price := getattr(self, name):
-                setattr(self, name, times(price, 1 / ratio))
-        amounts = [self.quantity, *(getattr(self, name) for name in prices)]
-        return all(UNIT <= amount < ORDER_LIMIT for amount in amounts if amount is not None)
+                changed[name] = times(price, 1 / ratio)
+        is_possible = all(UNIT <= amount < ORDER_LIMIT for amount in changed.values())
+        for name, amount in changed.items() if is_possible else ():
+            setattr(self, name, amount)
+        return is_possible
 
     # What the audit asks.
 

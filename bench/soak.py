@@ -4,10 +4,11 @@
                          [--trades 20000] [--no-faults]
 
 Clients send orders with an idempotency key and, after a 503 or a lost connection, send them again with
-the same key until there is an answer. Some of the orders rest: they are changed, canceled, and filled as one
-ticker's price goes up and down. Meanwhile workers are killed and PostgreSQL crashes. What was acknowledged
-is then replayed with arithmetic of its own (fractions; nothing of the broker's) and compared with what the
-tables hold. Needs the development requirements; starts and ends all it needs, on loopback.
+the same key until there is an answer. Some of the orders rest: they are changed, canceled, and filled as
+one ticker's price goes up and down. Clocks go to and fro over splits and dividends. Meanwhile workers are
+killed and PostgreSQL crashes. What was acknowledged is then replayed with arithmetic of its own
+(fractions; nothing of the broker's) and compared with what the tables hold. Needs the development
+requirements; starts and ends all it needs, on loopback.
 """
 
 import argparse
@@ -32,6 +33,11 @@ from postgres import PostgresServer
 TICKERS = {"AAPL": "33.33333333", "IBM": "7.00000007", "MSFT": "0.12345678"}
 RESTING = "NVDA"
 """The ticker of the orders that rest; it costs 98 to 102."""
+
+DAYS = [f"2024-06-0{day}T00:00:00Z" for day in (3, 4, 5)]
+SPLITS = {"AAPL": (DAYS[1], Fraction(3, 2)), "IBM": (DAYS[2], Fraction(1, 3))}
+DIVIDENDS = {"MSFT": (DAYS[1], "0.00123457"), "AAPL": (DAYS[2], "0.07"), RESTING: (DAYS[2], "0.5")}
+"""What is booked when a clock passes the day, in a file whose prices do not matter: all are pinned."""
 
 PROCESSES, WORKERS, WORKER_KILLS, CRASHES = 4, 3, 12, 6
 UNIT = Fraction(1, 10**8)
@@ -73,13 +79,15 @@ def rest(session, url, user_id, key, dice, deadline, ended) -> None:
     result = insist(session, ("POST", f"{url}/api/v1/orders"), order, key, deadline)
     ended.append((user_id, key, order, *result))
     path = f"{url}/api/v1/orders/{(result[0] or {}).get('id')}"  # One that was refused is changed in vain.
-    what = dice.choice(("change", "cancel", "move", "move"))
+    what = dice.choice(("change", "cancel", "move", "move", "clock"))
     if what == "change":
         change = {"limit_price": str(dice.randrange(97, 103))}
         result = insist(session, ("PATCH", path), change, f"{key} changed", deadline)
         ended.append((user_id, f"{key} changed", order | change, *result))
     elif what == "cancel":
         insist(session, ("DELETE", path), None, key, deadline)
+    elif what == "clock":
+        insist(session, ("PUT", f"{url}/api/v1/market/clock"), {"at": dice.choice(DAYS)}, key, deadline)
     else:
         pin = {"price": dice.randrange(98, 103)}
         insist(session, ("PUT", f"{url}/api/v1/market/prices/{RESTING}"), pin, key, deadline)
@@ -155,7 +163,11 @@ def judge(database, accounts, ended) -> dict[str, int]:
     resting = {row.id: row for row in database.run("SELECT * FROM ibkr_orders")}
     fills = [row for row in database.run("SELECT * FROM ibkr_trades ORDER BY id") if row.order_id]
     for row in database.run("SELECT * FROM ibkr_trades WHERE order_id IS NULL"):
-        booked[row.user_id, row.idempotency_key].append(row)
+        if row.trade_type in ("split", "dividend"):
+            booked[row.user_id].append((row.id, row, None))
+            verdict["splits and dividends"] += 1
+        else:
+            booked[row.user_id, row.idempotency_key].append(row)
     for row in resting.values():
         if row.idempotency_key:  # What it brought has none.
             booked[row.user_id, row.idempotency_key].append(row)
@@ -211,7 +223,7 @@ def judge(database, accounts, ended) -> dict[str, int]:
     verdict["wrong"] += len(fills) != sum(order.status == "filled" for order in resting.values())
 
     for account in accounts:
-        cash, held, wrong = replay(account, booked[account["user_id"]])
+        cash, held, wrong = replay(account, booked[account["user_id"]], unit)
         own = {"id": account["user_id"]}
         (row,) = database.run("SELECT cash_balance FROM ibkr_balances WHERE user_id = :id", **own)
         wrong += Fraction(row.cash_balance * unit) != cash
@@ -224,10 +236,31 @@ def judge(database, accounts, ended) -> dict[str, int]:
     return verdict
 
 
-def replay(account, trades) -> tuple[Fraction, dict, int]:
-    """Cash, holdings and the number of wrong answers, from the orders alone, in booking order."""
+def replay(account, trades, unit) -> tuple[Fraction, dict, int]:
+    """Cash, holdings and the number of wrong answers, from the orders alone, in booking order.
+
+    A split or a dividend, which nobody has ordered, is held against what the file says.
+    """
     cash, held, wrong = Fraction(account["cash_balance"]), defaultdict(lambda: [Fraction(0), Fraction(0)]), 0
     for _, order, answer in sorted(trades, key=lambda trade: trade[0]):
+        if answer is None:
+            holding, price = held[order.ticker], Fraction(order.price * unit)
+            quantity = Fraction(order.quantity * unit)
+            wrong += quantity != holding[0]
+            if order.trade_type == "split":
+                ratio, said = SPLITS[order.ticker][1], Fraction(order.ratio.replace(":", "/"))
+                wrong += said not in (ratio, 1 / ratio)
+                holding[0] = quantity * said / UNIT // 1 * UNIT
+                paid = (quantity * said - holding[0]) * price / UNIT // 1 * UNIT
+            else:
+                wrong += price != Fraction(DIVIDENDS[order.ticker][1])
+                paid = quantity * price / UNIT // 1 * UNIT
+            cash += paid
+            profit = paid if holding[0] else paid - holding[1]
+            holding[1] -= paid - profit
+            shown = (order.total_amount, order.cash_after, order.realized_pnl)
+            wrong += tuple(Fraction(number * unit) for number in shown) != (paid, cash, profit)
+            continue
         quantity = Fraction(order["quantity"])
         price = Fraction(TICKERS[order["ticker"]] if order["ticker"] in TICKERS else order["price"])
         holding, profit = held[order["ticker"]], Fraction(0)
@@ -262,12 +295,26 @@ def soak(engine: str, options) -> bool:
         return run(engine, Database(postgres.create_database("soak")), postgres, options)
 
 
+def market() -> str:
+    lines = ["timestamp,ticker,price,dividend,split"]
+    for ticker in (*TICKERS, RESTING):
+        for day in DAYS:
+            split = SPLITS.get(ticker, ("", 0))
+            dividend = DIVIDENDS.get(ticker, ("", 0))
+            ratio = f"{split[1].numerator}:{split[1].denominator}" if split[0] == day else ""
+            lines.append(f"{day},{ticker},99.99999999,{dividend[1] if dividend[0] == day else ''},{ratio}")
+    return "\n".join(lines)
+
+
 def run(engine, database, postgres, options) -> bool:
     database.migrate()
     counts, done, results, ended = Counter(), threading.Event(), multiprocessing.Queue(), []
     ANSWERED.value = 0
-    with Server(database.url, workers=WORKERS, threads=32) as server:
-        traders = [server.trader(cash="1000") for _ in range(options.accounts)]
+    file = Path(tempfile.mkdtemp(prefix="soak-market-")) / "market.csv"
+    file.write_text(market())
+    settings = {"SAMPLE_MARKET": file, "CORPORATE_ACTIONS": "on"}
+    with Server(database.url, workers=WORKERS, threads=32, **settings) as server:
+        traders = [server.trader(cash="1000").goes_to(DAYS[0]) for _ in range(options.accounts)]
         for trader in traders:
             for ticker, price in (TICKERS | {RESTING: 100}).items():
                 trader.sees(ticker, at=price)
@@ -291,7 +338,7 @@ def run(engine, database, postgres, options) -> bool:
             faults.join()
         log = server.log()
     verdict = judge(database, accounts, ended)
-    audit = flask("audit", DATABASE_URL=database.url, PRICE_SOURCES="sample")
+    audit = flask("audit", DATABASE_URL=database.url, PRICE_SOURCES="sample", SAMPLE_MARKET=file)
     database.engine.dispose()
     statuses = Counter(status for *_, statuses, _ in ended for status in statuses)
     latencies = sorted(latency for *_, latencies in ended for latency in latencies)

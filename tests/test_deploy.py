@@ -220,6 +220,9 @@ def test_the_hosts_files_name_what_there_is(app):
     assert given["DATABASE_URL"]["fromDatabase"] == {"name": database["name"], "property": "connectionString"}
     assert given["ADMIN_API_KEY"]["generateValue"] is True
     assert HEROKU["env"]["ADMIN_API_KEY"]["generator"] == "secret"
+    # Railway builds a Dockerfile wherever it finds one; the others are told to build for Python.
+    assert (ROOT / "Dockerfile").exists() == (RAILWAY["build"]["builder"] == "DOCKERFILE")
+    assert (service["runtime"], HEROKU["buildpacks"]) == ("python", [{"url": "heroku/python"}])
     assert given.keys() | HEROKU["env"].keys() <= SETTINGS
     paths = {service["healthCheckPath"], RAILWAY["deploy"]["healthcheckPath"], HEROKU["success_url"]}
     assert paths <= {rule.rule for rule in app.app.url_map.iter_rules()}

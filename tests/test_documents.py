@@ -80,9 +80,10 @@ def test_links_between_the_documents_lead_somewhere():
 def sessions() -> list[tuple[str, str]]:
     """Each line of the sessions after its `$`, with the answer that is printed below it.
 
-    All pages have theirs in docs/testing-bots.md, but for the guide to deployment, whose test_deploy.py runs.
+    Those of the guide to deployment and of TradingView's alerts are run by tests of their own.
     """
-    pages = [README, *(page for name, page in sorted(DOCS.items()) if name != "deploy")]
+    others = ("deploy", "tradingview")
+    pages = [README, *(page for name, page in sorted(DOCS.items()) if name not in others)]
     lines = "\n".join(re.findall(r"```console\n(.*?)```", "\n".join(pages), re.S))
     return re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n?)*)", lines, re.M)
 
@@ -95,7 +96,7 @@ def masked(text: str) -> str:
 
 def test_the_sessions_in_the_documents_answer_as_printed(program):
     """Run line by line against `python app.py`, in a copy of the program as a newcomer has it."""
-    server = Server("", command=[sys.executable, "app.py"])
+    server = Server("", command=[sys.executable, "app.py"], CORPORATE_ACTIONS="")
     server.folder = program
     with server:
         assert f"Serving sample prices on {server.url}. Try: curl" in server.log()
@@ -117,7 +118,7 @@ def test_the_first_lines_of_curl_can_be_pasted_one_by_one(program):
     lines = session.split("```sh\n")[1].split("```")[0].splitlines()
     printed = json.loads(session.split("```json\n")[1].split("```")[0])
     assert not any("'" in line for line in lines), "Windows knows no single quotes."
-    server = Server("", command=[sys.executable, "app.py"])
+    server = Server("", command=[sys.executable, "app.py"], CORPORATE_ACTIONS="")
     server.folder = program
     with server:
         answers = [

@@ -295,6 +295,17 @@ def test_a_connection_cut_at_commit_ends_in_the_truth(broken, carol, failure, ke
     assert carol.audit()["ok"]
 
 
+@pytest.mark.parametrize("failure", ["unsent", "unanswered", "late"])
+def test_an_alert_without_an_id_is_booked_once_when_its_commit_is_cut(broken, carol, failure):
+    broken.proxy.fail_at_commit = failure
+    alert = {"key": carol.key, "ticker": "AAPL", "action": "buy", "quantity": 2}
+    response = carol.ask("POST", "/api/v1/webhook/tradingview", json=alert)
+    assert broken.proxy.fail_at_commit is None
+    assert response.status_code == 200, response.text
+    assert (carol.trades, carol.cash) == ([exact(response)], 99800)
+    assert carol.audit()["ok"]
+
+
 @pytest.mark.parametrize("key", [None, "k"], ids=["without a key", "with a key"])
 @pytest.mark.parametrize(("failure", "booked"), [("unsent", 0), ("unanswered", 1)])
 def test_a_database_that_stays_away_after_commit_leaves_the_outcome_unknown(

@@ -199,3 +199,14 @@ def test_a_day_order_ends_with_its_day_though_no_price_comes(alice, yahoo, ticke
 )
 def test_a_day_of_shares_ends_at_four_in_new_york_and_one_of_coins_at_midnight(ticker, moment, day):
     assert str(LiveMarket.day(None, ticker, datetime.fromisoformat(moment))) == day
+
+
+def test_an_alert_looks_like_any_request_even_if_it_is_refused_itself(alice, yahoo, ticker, live_database):
+    yahoo.yahoo(ticker, "100")
+    order = alice.places("buy", 1, ticker, "stop", stop_price=110)
+    later()
+    yahoo.yahoo(ticker, "111")
+    alert = {"key": alice.key, "ticker": ticker, "action": "sell", "quantity": 50}
+    assert alice.ask("POST", "/api/v1/webhook/tradingview", json=alert).status_code == 409
+    row = "SELECT status FROM ibkr_orders WHERE id = :id"
+    assert live_database.run(row, id=int(order["id"])) == [("filled",)]

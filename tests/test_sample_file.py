@@ -38,6 +38,24 @@ def test_the_bundled_market_is_whole():
     assert {len(bars) for bars in market.series.values()} == {251}
 
 
+def test_the_bundled_shares_pay_what_they_paid_and_nothing_else_does():
+    paid = {
+        ticker: [(f"{bar.timestamp:%Y-%m-%d}", f"{bar.dividend:.2f}") for bar in bars if bar.dividend]
+        for ticker, bars in SampleMarket(SAMPLE_FILE).series.items()
+    }
+    assert {ticker: dividends for ticker, dividends in paid.items() if dividends} == {
+        "AAPL": [("2012-08-09", "2.65"), ("2012-11-07", "2.65"), ("2013-02-07", "2.65")],
+        "IBM": [(day, "0.85") for day in ("2012-05-08", "2012-08-08", "2012-11-07", "2013-02-06")],
+        "MSFT": [
+            ("2012-05-15", "0.20"),
+            ("2012-08-14", "0.20"),
+            ("2012-11-13", "0.23"),
+            ("2013-02-19", "0.23"),
+        ],
+    }
+    assert {bar.split for bars in SampleMarket(SAMPLE_FILE).series.values() for bar in bars} == {1}
+
+
 @pytest.fixture
 def market(tmp_path):
     """ABC on two days and XYZ on the second and third."""
