@@ -1128,7 +1128,8 @@ def account_history(options: HistoryOptions) -> HistoryAnswer:
 
 def history(number: int | None, resolution: Resolution) -> HistoryAnswer:
     """How that run went, or without a number the current one."""
-    *_, quotes = at_the_market()  # First, as with a price may come a split.
+    is_current = number in (None, g.account.run)
+    quotes = at_the_market()[-1] if is_current else {}  # First, as with a price may come a split.
     books = Books.of(g.user_id)
     account, number = books.account, number or books.account.run
     if number not in books.runs:
