@@ -5,12 +5,14 @@ an account has is added up from its fills whenever somebody wants to know. `repl
 operations from the start, each taking effect at once, and answers all that can be seen of it from outside.
 
     tape        {ticker: {time: (open, high, low, close)}}, as recorded
+    actions     {ticker: {time: {"dividend": "0.25", "split": "3:2"}}}: what stands beside the prices
     costs       commission in basis points, least commission in dollars, slippage in basis points
     operations  ("order", body), ("trade", body), ("cancel", back), ("cancel all",),
                 ("replace", back, body), ("advance", bars), ("clock", time), ("pin", ticker, price),
-                ("let go", ticker), ("reset", cash)
+                ("let go", ticker), ("reset", cash), ("correct", body)
 
-A body is that of the API. An order is named by how many came after it: 0 is the youngest.
+A body is that of the API. An order is named by how many came after it: 0 is the youngest. Each row of the
+books is a fill here, that of a split, a dividend or a correction too, with the word for it as its side.
 """
 
 from decimal import Decimal
@@ -18,6 +20,7 @@ from fractions import Fraction
 from math import ceil, floor
 
 SCALE = 10**8
+MOST = 90 * 10**9  # Neither cash nor a holding reaches it.
 
 
 def up(amount):
@@ -46,14 +49,20 @@ def number(text):
     return None if text is None else Fraction(str(text))
 
 
-def replay(tape, costs, cash, operations) -> dict:
-    broker = Broker(tape, costs, cash)
+def as_ratio(text):
+    new, old = text.split(":")
+    return Fraction(int(new), int(old))
+
+
+def replay(tape, costs, cash, operations, actions=None) -> dict:
+    broker = Broker(tape, costs, cash, actions)
     outcomes = [broker.asked(operation) for operation in operations]
     return broker.picture() | {"outcomes": outcomes}
 
 
 class Broker:
-    def __init__(self, tape, costs, cash):
+    def __init__(self, tape, costs, cash, actions=None):
+        self.actions = actions or {}
         self.tape, self.bps, self.least, self.slippage = tape, *map(Fraction, costs)
         self.times = sorted({time for rows in tape.values() for time in rows})
         self.clock, self.pins, self.steps = self.times[0], {}, 0
@@ -62,8 +71,9 @@ class Broker:
     # What the market asks.
 
     def price(self, ticker):
-        if ticker in self.pins:
-            return self.pins[ticker]
+        return self.pins.get(ticker) or self.close_of(ticker)
+
+    def close_of(self, ticker):
         rows = self.tape.get(ticker, {})
         past = [time for time in rows if time <= self.clock]
         if not past:
@@ -81,7 +91,7 @@ class Broker:
 
     def cash(self):
         flows = (
-            (f["total"] if f["side"] == "sell" else -f["total"]) - f["commission"]
+            (-f["total"] if f["side"] == "buy" else f["total"]) - f["commission"]
             for f in self.fills
             if f["run"] == self.run
         )
@@ -90,12 +100,17 @@ class Broker:
     def holding(self, ticker):
         quantity = cost = Fraction(0)
         for f in self.fills:
-            if (f["run"], f["ticker"]) == (self.run, ticker):
-                if f["side"] == "buy":
-                    quantity, cost = quantity + f["quantity"], cost + f["total"] + f["commission"]
-                else:
-                    cost -= nearest(cost * f["quantity"] / quantity) if quantity else 0
-                    quantity -= f["quantity"]
+            if (f["run"], f["ticker"]) != (self.run, ticker) or f["side"] == "dividend":
+                continue
+            if f["side"] == "buy":
+                quantity, cost = quantity + f["quantity"], cost + f["total"] + f["commission"]
+            elif f["side"] == "split":
+                quantity = down(quantity * f["ratio"])
+                cost = cost if quantity else Fraction(0)
+            else:
+                change = -f["quantity"] if f["side"] == "sell" else f["quantity"]
+                cost -= nearest(cost * -change / quantity) if change < 0 else 0
+                quantity += change
         return quantity, cost
 
     def live(self):
@@ -194,21 +209,40 @@ class Broker:
 
     def book(self, order, ticker, side, quantity, price, market):
         total = (up if side == "buy" else down)(quantity * price)
-        commission = self.commission(total)
+        more = {"order": order and order["number"], "commission": self.commission(total)}
+        self.record(ticker, side, quantity, total, price=price, market=market, **more)
+
+    def record(self, ticker, side, quantity, total, **more):
+        """A row of the books. What it is seen to have gained is what cash and cost changed by."""
+        before = self.cash() + self.holding(ticker)[1]
         fill = {
-            "order": order and order["number"],
+            "order": None,
             "run": self.run,
             "ticker": ticker,
             "side": side,
             "quantity": quantity,
-            "price": price,
-            "market": market,
+            "price": None,
+            "market": None,
             "time": self.clock,
             "total": total,
-            "commission": commission,
-        }
+            "commission": Fraction(0),
+            "ratio": None,
+            "reason": None,
+            "source": "admin" if side == "correction" else "sample",
+        } | more
         self.fills.append(fill)
         fill["cash"] = self.cash()
+        fill["realized"] = None if side == "buy" else fill["cash"] + self.holding(ticker)[1] - before
+
+    def do_correct(self, body):
+        ticker, quantity, cash = body["ticker"], number(body["quantity"]), number(body["cash"])
+        if self.holding(ticker)[0] + quantity < 0:
+            raise No("insufficient_shares")
+        if max(self.holding(ticker)[0] + quantity, self.cash() + cash) >= MOST:
+            raise No("limit_exceeded")
+        self.record(ticker, "correction", quantity, cash, reason=body["reason"])
+        self.must_hold({"side": "sell", "ticker": ticker})
+        return True
 
     def do_order(self, body):
         limit, stop = number(body.get("limit_price")), number(body.get("stop_price"))
@@ -391,16 +425,76 @@ class Broker:
     def do_advance(self, bars):
         here = self.times.index(self.clock)
         for time in self.times[here + 1 : here + 1 + bars]:
-            self.clock = time
+            self.passes(time)
             bars = {t: tuple(map(number, rows[time][:3])) for t, rows in self.tape.items() if time in rows}
             self.step(bars | self.pinned())
         return True
 
     def do_clock(self, time):
-        self.clock = time
+        self.passes(time)
         closes = {t: (number(rows[time][3]),) * 3 for t, rows in self.tape.items() if time in rows}
         self.step(closes | self.pinned())
         return True
+
+    # Splits and dividends.
+
+    def passes(self, there):
+        """The clock goes there. What it passes on the way is booked where it stands in the tape; on the way
+        back splits are taken back, the last one first, all where the clock arrives.
+        """
+        here = self.clock
+        for time, ticker, kind, text in self.between(here, there):
+            self.clock = time
+            if kind == "dividend":
+                self.pay(ticker, number(text))
+            else:
+                self.split(ticker, as_ratio(text))
+        self.clock = there
+        for _, ticker, kind, text in reversed(self.between(there, here)):
+            if kind == "split":
+                self.split(ticker, 1 / as_ratio(text))
+
+    def between(self, before, last):
+        """The actions after one time until the other: by time, by ticker, and a dividend before a split."""
+        return sorted(
+            (time, ticker, kind, text)
+            for ticker, rows in self.actions.items()
+            for time, row in rows.items()
+            for kind, text in row.items()
+            if before < time <= last
+        )
+
+    def pay(self, ticker, dollars):
+        quantity, _ = self.holding(ticker)
+        total = down(quantity * dollars)
+        if quantity and self.cash() + total < MOST:
+            self.record(ticker, "dividend", quantity, total, price=dollars, market=self.close_of(ticker))
+
+    def split(self, ticker, ratio):
+        """Nothing happens to an account that would be too rich then."""
+        quantity, _ = self.holding(ticker)
+        new = quantity * ratio
+        if quantity:
+            price = self.close_of(ticker)
+            total = down((new - down(new)) * price)
+            if max(down(new), self.cash() + total) >= MOST:
+                return
+            self.record(ticker, "split", quantity, total, price=price, market=price, ratio=ratio)
+        for order in [o for o in self.live() if o["ticker"] == ticker]:
+            self.adjust(order, ratio)
+
+    def adjust(self, order, ratio):
+        """An order after a split. One that ends at it has its new numbers as well, if there can be such."""
+        names = [name for name in ("limit", "stop", "amount") if order[name] is not None]
+        new = {name: nearest(order[name] / ratio) for name in names}
+        new["quantity"] = down(order["quantity"] * ratio)
+        can_be = all(0 < n < 10**10 for n in new.values())
+        order |= new if can_be else {}
+        if order["status"] == "canceled":
+            return  # With one of those before it.
+        order["needs"] = self.needs(order)
+        if not can_be or self.cash() < self.reserved_cash():
+            self.close(order, "canceled")
 
     def pinned(self):
         return {ticker: (price,) * 3 for ticker, price in self.pins.items()}
@@ -484,16 +578,22 @@ class Broker:
     def picture(self) -> dict:
         now = [f for f in self.fills if f["run"] == self.run]
         held = {ticker: self.holding(ticker) for ticker in sorted({f["ticker"] for f in now})}
-        amounts = ("quantity", "price", "market", "commission", "total", "cash")
+        amounts = ("quantity", "price", "market", "commission", "total", "cash", "realized")
         return {
             "cash": fixed(self.cash()),
             "reserved": fixed(self.reserved_cash()),
+            "realized": fixed(sum((f["realized"] or 0 for f in now), Fraction(0))),
             "holdings": {
                 ticker: (fixed(quantity), fixed(cost), fixed(self.available(ticker)))
                 for ticker, (quantity, cost) in held.items()
                 if quantity
             },
-            "fills": [f | {name: fixed(f[name]) for name in amounts} for f in self.fills],
+            "fills": [
+                f
+                | {name: fixed(f[name]) for name in amounts}
+                | {"ratio": f["ratio"] and "{}:{}".format(*f["ratio"].as_integer_ratio())}
+                for f in self.fills
+            ],
             "orders": [
                 {
                     "number": o["number"],
@@ -505,6 +605,8 @@ class Broker:
                     "quantity": fixed(o["quantity"]),
                     "limit_price": fixed(o["limit"]),
                     "stop_price": fixed(o["stop"]),
+                    "trail_percent": fixed(o["percent"]),
+                    "trail_amount": fixed(o["amount"]),
                     "reserved_cash": fixed(self.reserved(o)),
                     "price": fixed(o["price"]),
                     "parent": o["parent"],

@@ -8,14 +8,16 @@ the holdings and the states must be equal to the last digit, to each other and t
 import csv
 import random
 import sqlite3
+from collections import Counter
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from itertools import zip_longest
 
 import pytest
-from cast import Server, exact, loaded
+from cast import ADMIN, Server, exact, loaded
 from oracle import Broker, No, fixed
 from sqlalchemy import event
 
@@ -50,12 +52,17 @@ TAPE = recorded_market()
 
 @pytest.fixture(scope="module")
 def market_file(tmp_path_factory):
-    file = tmp_path_factory.mktemp("market") / "market.csv"
+    return recorded_to(tmp_path_factory.mktemp("market") / "market.csv", TAPE)
+
+
+def recorded_to(file, tape, actions=None):
     with open(file, "w", newline="") as opened:
         rows = csv.writer(opened)
-        rows.writerow(["timestamp", "ticker", "open", "high", "low", "close"])
-        for ticker, bars in TAPE.items():
-            rows.writerows([time.isoformat(), ticker, *bar] for time, bar in bars.items())
+        rows.writerow(["timestamp", "ticker", "open", "high", "low", "close", "dividend", "split"])
+        for ticker, bars in tape.items():
+            for time, bar in bars.items():
+                action = (actions or {}).get(ticker, {}).get(time, {})
+                rows.writerow([time.isoformat(), ticker, *bar, action.get("dividend"), action.get("split")])
     return file
 
 
@@ -64,7 +71,10 @@ def market_file(tmp_path_factory):
 
 def stream(seed: int, costs, length=38) -> tuple[list, dict]:
     """Operations that make some sense where the market stands, and what the broker on paper says of them."""
-    chance, broker = random.Random(seed), Broker(TAPE, costs, CASH)
+    return played_on(Broker(TAPE, costs, CASH), random.Random(seed), anything, length)
+
+
+def played_on(broker, chance, anything, length) -> tuple[list, dict]:
     operations, outcomes = [], []
     while len(operations) < length:
         operation = first_of_all(chance, broker) if not operations else anything(chance, broker)
@@ -97,12 +107,12 @@ def near(chance, price, low, high, exactly=()) -> str:
 def coming(broker, ticker) -> list[str]:
     """What the ticker will cost in the next few bars."""
     here = broker.times.index(broker.clock)
-    rows = [TAPE[ticker].get(time, ()) for time in broker.times[here : here + 6]]
+    rows = [broker.tape[ticker].get(time, ()) for time in broker.times[here : here + 6]]
     return [price for row in rows for price in row]
 
 
 def some_market(chance, broker):
-    ticker = chance.choice(list(TICKERS))
+    ticker = chance.choice(list(broker.tape))
     try:
         return ticker, broker.price(ticker)
     except No:
@@ -212,7 +222,8 @@ def advance(chance, broker):
 def jump(chance, broker):
     here = broker.times.index(broker.clock)
     there = here + chance.choice([-20, -5, -1, 0, 1, 2, 10])
-    times = [time for time in broker.times[max(there, 0) :][:1] if time >= min(TAPE["LATE"])]
+    all_are_known = max(min(rows) for rows in broker.tape.values())
+    times = [time for time in broker.times[max(there, 0) :][:1] if time >= all_are_known]
     return ("clock", *times) if times else None
 
 
@@ -228,7 +239,7 @@ def pin(chance, broker):
 
 
 def let_go(chance, broker):
-    return "let go", chance.choice(list(broker.pins or TICKERS))
+    return "let go", chance.choice(list(broker.pins or broker.tape))
 
 
 def rare(chance, broker):
@@ -245,19 +256,24 @@ def play(trader, operations, look) -> dict:
     """
     outcomes = [does(trader, look, *operation) for operation in operations]
     runs = range(1, 2 + sum(operation[0] == "reset" for operation in operations))
+    return seen(trader, outcomes, runs)
+
+
+def seen(trader, outcomes, runs) -> dict:
     orders = trader.all_of("orders", runs, status="all")
     numbers = {o["id"]: number for number, o in enumerate(orders, 1)}
     fills = trader.all_of("trades", runs)
-    balance = trader.get("/balance")
+    balance, portfolio = trader.get("/balance"), trader.get("/portfolio")
     assert balance["buying_power"] == balance["cash_balance"] - balance["reserved_cash"]
     assert trader.get("/account/audit")["differences"] == []
     return {
         "outcomes": [numbers.get(outcome, outcome) for outcome in outcomes],
         "cash": balance["cash_balance"],
         "reserved": balance["reserved_cash"],
+        "realized": portfolio["realized_pnl"],
         "holdings": {
             h["ticker"]: (h["quantity"], h["cost_basis"], h["available_quantity"])
-            for h in trader.get("/portfolio")["holdings"]
+            for h in portfolio["holdings"]
         },
         "fills": [
             {
@@ -272,6 +288,10 @@ def play(trader, operations, look) -> dict:
                 "total": fill["total_amount"],
                 "commission": fill["commission"],
                 "cash": fill["cash_balance"],
+                "realized": fill["realized_pnl"],
+                "ratio": fill["ratio"],
+                "reason": fill["reason"],
+                "source": fill["price_source"],
             }
             for fill in fills
         ],
@@ -289,7 +309,7 @@ def play(trader, operations, look) -> dict:
 
 SAME = (
     *("run", "ticker", "action", "order_type", "status", "quantity", "limit_price", "stop_price"),
-    *("reserved_cash", "price"),
+    *("trail_percent", "trail_amount", "reserved_cash", "price"),
 )
 
 
@@ -316,6 +336,7 @@ def does(trader, look, what, *rest):
         "pin": lambda ticker, price: trader.send("PUT", f"/market/prices/{ticker}", {"price": price}),
         "let go": lambda ticker: trader.send("DELETE", f"/market/prices/{ticker}"),
         "reset": lambda cash: trader.send("POST", "/account/reset", {"cash": cash}),
+        "correct": lambda body: trader.is_corrected(body),
     }[what](*rest)
     return answer.get("code") or (answer["id"] if what in ("order", "replace") else True)
 
@@ -345,8 +366,14 @@ class Somebody:
         self.ask, self.database, self.user_id = ask, database, user_id
         self.chance = random.Random(1)
 
-    def send(self, method, path, body=None):
-        return exact(self.ask(method, f"/api/v1{path}", **({} if body is None else {"json": body})))
+    def send(self, method, path, body=None, **options):
+        options |= {} if body is None else {"json": body}
+        return exact(self.ask(method, f"/api/v1{path}", **options))
+
+    def is_corrected(self, body):
+        """By the admin."""
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+        return self.send("POST", f"/users/{self.user_id}/corrections", body, headers=headers)
 
     def get(self, path, **query):
         query = "&".join(f"{name}={value}" for name, value in query.items())
@@ -379,7 +406,7 @@ def named(costs) -> dict:
 @contextmanager
 def in_this_process(database, market_file, costs):
     market = {"PRICE_SOURCES": "sample", "SAMPLE_MARKET": market_file, "RATE_LIMIT": "1000000000 per day"}
-    with loaded(DATABASE_URL=database.url, **market, **named(costs)) as program:
+    with loaded(DATABASE_URL=database.url, ADMIN_API_KEY=ADMIN, **market, **named(costs)) as program:
         app, client = program["app"], program["app"].test_client()
         with app.app_context():
             event.listen(program["db"].engine, "connect", do_not_wait_for_the_disk)
@@ -388,9 +415,9 @@ def in_this_process(database, market_file, costs):
             with app.app_context():
                 email = f"{random.getrandbits(64)}@example.com"
                 user_id, key = program["User"].open(email, Decimal(CASH))
-            headers = {"Authorization": f"Bearer {key}"}
+            own = {"Authorization": f"Bearer {key}"}
 
-            def ask(method, path, **options):
+            def ask(method, path, headers=own, **options):
                 return client.open(path, method=method, headers=headers, **options)
 
             return Somebody(ask, database, user_id)
@@ -415,15 +442,15 @@ def differences(seen: dict, expected: dict) -> list[str]:
     return told
 
 
-def fills_compared(new_account, costs, seeds, looks) -> int:
-    """Play streams, each with all of its `looks`, and answer how many fills were as they should be."""
-    fills = 0
+def fills_compared(new_account, stream, seeds, looks) -> Counter:
+    """Play streams, each with all of its `looks`, and answer how many rows of each kind were right."""
+    fills = Counter()
     for seed in seeds:
-        operations, expected = stream(seed, costs)
+        operations, expected = stream(seed)
         for look in looks(seed):
-            seen = play(new_account(), operations, look)
-            assert differences(seen, expected) == [], f"seed {seed}, {look.__name__}: {operations}"
-            fills += len(seen["fills"])
+            come_to = play(new_account(), operations, look)
+            assert differences(come_to, expected) == [], f"seed {seed}, {look.__name__}: {operations}"
+            fills.update(fill["side"] for fill in come_to["fills"])
     return fills
 
 
@@ -444,8 +471,8 @@ def test_orders_come_to_the_same_whoever_looks(new_database, engine_name, market
     sqlite = engine_name == "sqlite"
     seeds = range(90) if sqlite else range(200, 260)
     with in_this_process(new_database().migrate(), market_file, costs) as new_account:
-        fills = fills_compared(new_account, costs, seeds, twice if sqlite else once)
-    assert fills > (3_000 if sqlite else 1_000)
+        fills = fills_compared(new_account, partial(stream, costs=costs), seeds, twice if sqlite else once)
+    assert fills.total() > (3_000 if sqlite else 1_000)
 
 
 def test_orders_come_to_the_same_over_two_workers(new_database, market_file):
@@ -456,4 +483,4 @@ def test_orders_come_to_the_same_over_two_workers(new_database, market_file):
             trader = server.trader(cash=CASH)
             return Somebody(trader.ask, database, trader.user_id)
 
-        assert fills_compared(new_account, DEAR, range(100, 105), twice) > 150
+        assert fills_compared(new_account, partial(stream, costs=DEAR), range(100, 105), twice).total() > 150
