@@ -522,10 +522,10 @@ def locked(user_id: int, key_hash: str, ticker: str = "", order_key: str = "") -
     return account
 
 
-def catch_up(account: Account) -> None:
+def catch_up(account: Account, moment: datetime | None = None) -> None:
     """Show its open orders all prices since they last saw some, and book its splits and dividends."""
     if market.may_have_moved(account):
-        moment = now()
+        moment = moment or now()
         show(account, market.since_settled(account, moment), moment)
 
 
@@ -594,9 +594,11 @@ def set_clock(clock: Clock) -> MarketAnswer:
         raise invalid([{"field": "at", "message": f"must be a time {span}"}])
     with transaction(g.user_id):
         account, moment = locked(g.user_id, g.key_hash), now()
+        catch_up(account, moment)  # For the minute may have changed as well.
         left = market.time(account, moment)
-        account.stop_clock(at and market.bar_at(at), moment)
-        show(account, market.landing(account, moment, left), moment)
+        account.stop_clock(at and market.bar_at(at))
+        landed = now()
+        show(account, market.landing(account, landed, left), landed)
         return market_of(account)  # Read before it is committed: so it is safe to repeat.
 
 
@@ -1249,7 +1251,7 @@ def correct(wanted: Correction, order_key: str, user_id: int) -> tuple[TradeAnsw
         if earlier := earlier_under_key(account):
             answer, headers = replay(earlier, earlier.is_for(wanted), type(earlier).to_dict)
             return answer, 201, headers
-        g.tried = account.correct(wanted)
+        g.tried = account.correct(wanted, market.time(account))
         account.book(g.tried, account.holding(wanted.ticker), order_key)
     request.environ["broker.booked"] = f" {g.tried}"
     return g.tried.to_dict(), 201

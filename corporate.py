@@ -93,10 +93,9 @@ class CorporateAction(db.Model):
 
     def undone(self, price: Decimal | None, moment: datetime) -> "CorporateAction":
         """What takes a recorded split back, where a clock goes back over it to a bar at that `moment`."""
-        price = price or min(max(times(self.price, self.ratio), UNIT), ORDER_LIMIT - UNIT)
-        return CorporateAction.split(
-            self.ticker, 1 / self.ratio, ex_at=moment, price=price, source=self.source
-        )
+        price = min(max(price or times(self.price, self.ratio), UNIT), ORDER_LIMIT - UNIT)
+        known = {"ex_at": moment, "price": price, "source": self.source}
+        return CorporateAction.split(self.ticker, 1 / self.ratio, **known)
 
     @classmethod
     def after(cls, number: int) -> Sequence["CorporateAction"]:

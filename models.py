@@ -1297,9 +1297,9 @@ class Account(db.Model):
             except Refused as refusal:
                 order.close("canceled", self.orders, refusal.detail)
 
-    def correct(self, wanted: Correction) -> Trade:
+    def correct(self, wanted: Correction, market_time: datetime) -> Trade:
         """Change the account as an admin wants it, where neither the market nor a trade can."""
-        moment, holding = now(), self.holding(wanted.ticker)
+        holding = self.holding(wanted.ticker)
         trade = Trade(
             user_id=self.user_id,
             run=self.run,
@@ -1310,8 +1310,8 @@ class Account(db.Model):
             commission=Decimal(0),
             price_source="admin",
             reason=wanted.reason,
-            market_time=moment,
-            created_at=moment,
+            market_time=market_time,
+            created_at=now(),
         )
         self.receive(trade, holding)
         trade.cash_after = self.cash_balance
@@ -1467,10 +1467,10 @@ class Account(db.Model):
         self.cash_balance = self.starting_cash = cash
         Stretch.begin(self)
 
-    def stop_clock(self, bar: datetime | None, moment: datetime) -> None:
-        """Stop the clock of this account's sample market at `bar`, or let it run from that `moment` on."""
+    def stop_clock(self, bar: datetime | None) -> None:
+        """Stop the clock of this account's sample market at `bar`, or let it run again."""
         self.will_change()
-        self.market_clock, self.acted_at = bar, moment
+        self.market_clock = bar
         Stretch.begin(self)
 
     def advance(self, bar: datetime) -> None:

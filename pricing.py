@@ -1139,14 +1139,22 @@ class SampleMarket:
         return dividend + ([CorporateAction.split(ticker, bar.split, **known)] if bar.split != 1 else [])
 
     def on_the_way(self, here: int, there: int) -> list[CorporateAction]:
-        """What a clock meets that goes from one place to another; back, it takes the splits back."""
+        """What a clock meets that goes from one place to another.
+
+        Back, it takes the splits back, the last one first, at what a share costs where it arrives, in the
+        shares that there are until the next one is taken back.
+        """
         if here <= there:
             met = self.acting[bisect_right(self.acting, here) : bisect_right(self.acting, there)]
             return [action for place in met for action in self.actions[place]]
-        met = [place for place in self.actions if there < place <= here]
-        splits = [action for place in met for action in self.actions[place] if action.kind == "split"]
-        bar = self.bars[there]
-        return [split.undone(self.price(split.ticker, bar), bar) for split in reversed(splits)]
+        bar, prices, back = self.bars[there], {}, []
+        for place in self.actions:
+            for split in self.actions[place] if there < place <= here else ():
+                if split.kind == "split":
+                    price = prices.get(split.ticker) or self.price(split.ticker, bar)
+                    back.append(split.undone(price, bar))
+                    prices[split.ticker] = times(back[-1].price, 1 / split.ratio)
+        return back[::-1]
 
     def next_acting(self, minute: int) -> int | None:
         """The first minute since 1970 after that one in which the running clock shows one of `acting`."""

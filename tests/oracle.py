@@ -440,7 +440,8 @@ class Broker:
 
     def passes(self, there):
         """The clock goes there. What it passes on the way is booked where it stands in the tape; on the way
-        back splits are taken back, the last one first, all where the clock arrives.
+        back splits are taken back, the last one first, all where the clock arrives: at what a share costs
+        there, in the shares that there are until the next one is taken back.
         """
         here = self.clock
         for time, ticker, kind, text in self.between(here, there):
@@ -450,9 +451,14 @@ class Broker:
             else:
                 self.split(ticker, as_ratio(text))
         self.clock = there
-        for _, ticker, kind, text in reversed(self.between(there, here)):
+        back, prices = [], {}
+        for _, ticker, kind, text in self.between(there, here):
             if kind == "split":
-                self.split(ticker, 1 / as_ratio(text))
+                price = prices[ticker] if ticker in prices else self.close_of(ticker)
+                prices[ticker] = nearest(price / as_ratio(text))
+                back.append((ticker, 1 / as_ratio(text), price))
+        for taken_back in reversed(back):
+            self.split(*taken_back)
 
     def between(self, before, last):
         """The actions after one time until the other: by time, by ticker, and a dividend before a split."""
@@ -470,12 +476,12 @@ class Broker:
         if quantity and self.cash() + total < MOST:
             self.record(ticker, "dividend", quantity, total, price=dollars, market=self.close_of(ticker))
 
-    def split(self, ticker, ratio):
+    def split(self, ticker, ratio, price=None):
         """Nothing happens to an account that would be too rich then."""
         quantity, _ = self.holding(ticker)
         new = quantity * ratio
         if quantity:
-            price = self.close_of(ticker)
+            price = price or self.close_of(ticker)
             total = down((new - down(new)) * price)
             if max(down(new), self.cash() + total) >= MOST:
                 return
