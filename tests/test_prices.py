@@ -414,7 +414,7 @@ from pricing import LiveMarket, Source
 
 class Slow(Source):
     name = "slow"
-    def ask(self, ticker):
+    def ask(self, ticker, since=None):
         time.sleep(0.6)
         raise AssertionError("of no use")
 
@@ -686,7 +686,7 @@ pricing.BAD_SECONDS = 0.3
 
 class Moody(pricing.Source):
     name, says = "moody", "10"
-    def ask(self, ticker):
+    def ask(self, ticker, since=None):
         return pricing.priced(ticker, self.says, "USD", self.name, None)
 
 def show():
@@ -822,7 +822,7 @@ pricing.PAUSE_SECONDS = 0.2
 
 class Moody(pricing.Source):
     name, asked, words = "moody", [], {}
-    def ask(self, ticker):
+    def ask(self, ticker, since=None):
         self.asked.append(ticker)
         pricing.time.sleep(0.1)
         word = self.words.get(ticker, pricing.SourceFailed("no answer"))
@@ -873,7 +873,7 @@ pricing.PAUSE_SECONDS = 0.2
 
 class Moody(pricing.Source):
     name, asked, works = "moody", 0, False
-    def ask(self, ticker):
+    def ask(self, ticker, since=None):
         self.asked += 1
         if not self.works:
             raise pricing.RateLimited("slow down")
@@ -1060,7 +1060,7 @@ from pricing import LiveMarket, NoSuchTicker, Source
 
 class Nobody(Source):
     name = "nobody"
-    def ask(self, ticker):
+    def ask(self, ticker, since=None):
         raise NoSuchTicker
 
 Quote.latest = lambda ticker: None  # The database is not what is measured.
@@ -1192,12 +1192,12 @@ def test_a_market_is_recorded_from_yahoo_and_can_be_replayed(run, market, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "range=1mo" in " ".join(path for _, path in market.requests)
     assert file.read_text().splitlines() == [
-        "timestamp,ticker,open,high,low,close,volume",
-        "2020-01-02T00:00:00Z,AAPL,,,,189.84,0",
-        "2020-01-02T00:00:00Z,BTC-USD,,,,67123.45,0",
-        "2020-01-03T00:00:00Z,BTC-USD,,,,67000,0",
-        "2020-01-04T00:00:00Z,AAPL,,,,190.5,0",
-        "2020-01-04T00:00:00Z,BTC-USD,,,,66999.99,0",
+        "timestamp,ticker,open,high,low,close,volume,dividend,split",
+        "2020-01-02T00:00:00Z,AAPL,,,,189.84,0,,",
+        "2020-01-02T00:00:00Z,BTC-USD,,,,67123.45,0,,",
+        "2020-01-03T00:00:00Z,BTC-USD,,,,67000,0,,",
+        "2020-01-04T00:00:00Z,AAPL,,,,190.5,0,,",
+        "2020-01-04T00:00:00Z,BTC-USD,,,,66999.99,0,,",
     ]
     replayed = run(
         "-c", "import app; print(len(app.market.bars))", PRICE_SOURCES="sample", SAMPLE_MARKET=file

@@ -109,7 +109,7 @@ DATE = "its date is no time, or yet to come"
         (["10:1"], [], "it has no numerator"),
         ([None], [], "it has no numerator"),
         ([{**split(2), "date": -1e300}], [], DATE),
-        ([{**split(2), "date": int(time.time()) + 900}], [], DATE),
+        ([{**split(2), "date": int(time.time()) + 86_400}], [], DATE),
         ([], [{**dividend(2), "date": int(time.time()) + 86_400}], DATE),
         ([], [{**dividend(2), "date": 1e300}], DATE),
         ([], [dividend(2, 0)], PAID),
