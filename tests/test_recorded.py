@@ -324,6 +324,7 @@ def test_bars_are_shown_with_their_time_and_five_numbers(read):
         ("2.10489510489511", "301:143"),  # As 903/429 in binary, to 14 decimals.
         ("1.281", "1281:1000"),
         ("0.3333", "3333:10000"),
+        ("1500.333333", "1500333333:1000000"),
         ("0.33333", "33333:100000"),
         ("0.333334", "166667:500000"),
         ("1.0009990009990008", "1000999:1000000"),  # 1002/1001 has longer terms.
@@ -391,7 +392,7 @@ def test_rows_of_one_time_have_their_event_once(tmp_path):
     ("before", "open", "close", "split", "counts"),
     [
         (100, 10, 10, "10.0", True),
-        (100, 10, 30, "10.0", True),  # By its open, whatever the day made of it.
+        (100, 10, 40, "10.0", True),  # By its open, whatever the day made of it.
         (100, None, 10, "10.0", True),
         (100, 100, 100, "10.0", False),
         (100, 98, 98, "10.0", False),
