@@ -4,6 +4,7 @@ import random
 import sys
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pandas as pd
@@ -45,6 +46,13 @@ def times(market, ticker="ABC") -> list[datetime]:
 def bar(moment, *numbers) -> Bar:
     return Bar(moment, *map(Decimal, numbers))
 
+
+MANY = settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    database=None,
+)
 
 # ------------------------------------------------------------------------------------------ Layouts
 
@@ -225,6 +233,247 @@ def test_an_unnamed_index_of_seconds_is_read_but_a_row_counter_is_no_time(read):
     table.index = range(2)
     with pytest.raises(BadFile, match="line 2: '0' is no time, and no column is called"):
         read(table.to_csv(), "AAPL.csv")
+
+
+# ------------------------------------------------------------------------------ Splits and dividends
+
+
+def events(market, ticker="ABC") -> list[tuple[str, str]]:
+    """The dividend and split of each bar, as digits and ratios; empty where there is none."""
+    return [
+        (
+            f"{bar.dividend.normalize():f}" if bar.dividend else "",
+            recorded.written(bar.split).replace("1:1", ""),
+        )
+        for bar in market[ticker]
+    ]
+
+
+def days(count: int) -> list[str]:
+    return [f"{DAY + timedelta(days=number):%Y-%m-%d}" for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "market.csv",
+            "timestamp,ticker,price,dividend,split\n{},ABC,100,,\n{},ABC,10,0.25,10:1\n{},ABC,10,,\n",
+        ),
+        (
+            "market.csv",
+            "DIVIDENDS,Splits,date,symbol,open,close\n0,0,{},ABC,9,9\n.25,10.0,{},abc,9,9\n,1,{},ABC,9,9\n",
+        ),
+        ("ABC.csv", "Date,Close,Dividend,Split\n{},100,nan,nan\n{},10,0.250,20:2\n{},10,0.0,1:1\n"),
+        ("abc.csv", "Date;Price;Dividends;Splits\n{};100;;\n{};10;0,25;10,0\n{};10;0,0;0,0\n"),
+        ("ABC.csv", "Date,Close,Dividends,Stock Splits\n{},100,0.0,0.0\n{},10,0.25,10.0\n{},10,0.0,0.0\n"),
+    ],
+    ids=["long", "bars", "one ticker", "decimal commas", "yfinance's, not adjusted"],
+)
+def test_a_row_may_have_a_dividend_and_a_split(read, name, content):
+    assert events(read(content.format(*days(3)), name)) == [("", ""), ("0.25", "10:1"), ("", "")]
+
+
+def with_events(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(**{"Dividends": [0.0, 0.24], "Stock Splits": [0.0, 2.0]})
+
+
+@pytest.mark.parametrize("group_by", ["column", "ticker"])
+def test_what_yfinance_downloads_with_actions_is_read_whichever_way_it_is_grouped(read, group_by):
+    """The first ticker is split, and its price falls; the second is adjusted."""
+    falls = with_events(yahoo_bars())
+    prices = ["Open", "High", "Low", "Close"]
+    falls[prices] = falls[prices].mul([2, 0.5], axis=0)
+    tables = [falls, with_events(yahoo_bars())]
+    table = pd.concat(tables, axis=1, keys=["AAPL", "BRK-B"], names=["Ticker", "Price"])
+    if group_by == "column":
+        table = table.swaplevel(0, 1, axis=1).sort_index(level=0, axis=1)
+    market = read(table.to_csv())
+    assert events(market, "AAPL") == [("", ""), ("0.24", "2:1")]
+    assert events(market, "BRK-B") == [("", ""), ("0.24", "")]
+
+
+def test_in_a_wide_file_they_are_neither_tickers_nor_events(read):
+    market = read("Date,ABC,dividend,Dividends,split,Splits,Stock Splits\n2024-03-07,1,2,2,2,2,2\n")
+    assert market == {"ABC": [bar(DAY, 1, 1, 1, 1, 0)]}
+
+
+def test_bars_are_shown_with_their_time_and_five_numbers(read):
+    (of_abc,) = read("date,ticker,price,dividend,split\n2024-03-07,ABC,1,1,2\n")["ABC"]
+    assert of_abc.to_dict() == dict(zip(("timestamp", *recorded.FIELDS), (DAY, 1, 1, 1, 1, 0), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "ratio"),
+    [
+        ("10", "10:1"),
+        ("1e1", "10:1"),
+        ("1.5", "3:2"),
+        ("0.125", "1:8"),
+        ("3:2", "3:2"),
+        ("1:10000", "1:10000"),
+        ("10000:1", "10000:1"),
+        ("0.0001", "1:10000"),
+        ("10000.000", "10000:1"),
+        ("1001:1000", "1001:1000"),
+        ("0.333333", "1:3"),
+        ("0.3333333333333333", "1:3"),
+        ("0.6666666666666666", "2:3"),
+        ("0.666667", "2:3"),
+        ("333.333333", "1000:3"),
+        ("2.10489510489511", "301:143"),  # As 903/429 in binary, to 14 decimals.
+        ("1.281", "1281:1000"),
+        ("0.3333", "3333:10000"),
+        ("1500.333333", "1500333333:1000000"),
+        ("0.33333", "33333:100000"),
+        ("0.333334", "166667:500000"),
+        ("1.0009990009990008", "1000999:1000000"),  # 1002/1001 has longer terms.
+        pytest.param("1.5" + "0" * 100_000, "3:2", id="very long"),
+        pytest.param("1." + "0" * 100_000 + "1", "1:1", id="nearly one"),
+    ],
+)
+def test_a_split_is_the_exact_ratio_that_was_meant(read, text, ratio):
+    (of_abc,) = read(f"date,ticker,price,split\n2024-03-07,ABC,1,{text}\n")["ABC"]
+    assert recorded.written(of_abc.split) == ratio
+
+
+@MANY
+@given(st.integers(1, 1000), st.integers(1, 1000), st.integers(6, 15))
+def test_a_ratio_of_small_terms_is_found_in_what_programs_write(new, old, places):
+    ratio = Fraction(new, old)
+    assert recorded.split_from(repr(new / old)) == ratio
+    assert recorded.split_from(f"{new / old:.{places}f}") == ratio
+    assert recorded.split_from(f"{new}:{old}") == ratio
+
+
+@pytest.mark.parametrize(
+    ("text", "dividend"),
+    [
+        ("0.25", "0.25"),
+        ("1e-3", "0.001"),
+        ("0.123456785", "0.12345678"),
+        ("0.123456795", "0.1234568"),
+        ("0.000000005", ""),
+        ("9999999999.99999999", "9999999999.99999999"),
+        ("-0", ""),
+    ],
+)
+def test_a_dividend_is_rounded_to_8_decimals_half_even(read, text, dividend):
+    assert events(read(f"date,ticker,price,dividend\n2024-03-07,ABC,1,{text}\n")) == [(dividend, "")]
+
+
+def test_a_row_without_a_price_gives_its_event_to_the_next_that_has_one(read):
+    """Of its own ticker, in whatever order the rows are; what none follows is lost."""
+    rows = """date,ticker,price,dividend,split
+        2024-03-12,ABC,,9,9
+        2024-03-11,ABC,5,1,2
+        2024-03-10,XYZ,5,,
+        2024-03-10,ABC,,0.5,3:2
+        2024-03-09,ABC,nan,0.25,
+        2024-03-08,ABC,5,0.125,
+        2024-03-01,ABC,,,1:8
+        """
+    market = read(rows)
+    assert events(market) == [("0.125", "1:8"), ("1.75", "3:1")]
+    assert events(market, "XYZ") == [("", "")]
+
+
+def test_rows_of_one_time_have_their_event_once(tmp_path):
+    heading = "date,ticker,open,close,dividend,split\n"
+    (tmp_path / "a.csv").write_text(f"{heading}2024-03-07,ABC,1,1,0.5,\n2024-03-07,ABC,2,1,0.50,2\n")
+    (tmp_path / "b.csv").write_text(f"{heading}2024-03-07,ABC,,1,,2:1\n2024-03-07,ABC,,1,,\n")
+    (tmp_path / "c.csv").write_text("date,ABC\n2024-03-07,1\n")
+    market = recorded.read(tmp_path)
+    assert events(market) == [("0.5", "2:1")]
+    assert market["ABC"][0].open == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "open", "close", "split", "counts"),
+    [
+        (100, 10, 10, "10.0", True),
+        (100, 10, 40, "10.0", True),  # By its open, whatever the day made of it.
+        (100, None, 10, "10.0", True),
+        (100, 100, 100, "10.0", False),
+        (100, 98, 98, "10.0", False),
+        (100, 31, 31, "10.0", True),  # Nearer to a tenth than to all, as logarithms go;
+        (100, 32, 32, "10.0", False),  # the root of ten is 3.162.
+        (100, 1, 1, "10.0", True),
+        (100, 1000, 1000, "10.0", False),
+        (1, 8, 8, "0.125", True),
+        (1, 1, 1, "0.125", False),
+        (1, 0.125, 0.125, "0.125", False),
+        (100, 65, 65, "1.5", True),
+        (100, 90, 90, "1.5", False),
+    ],
+)
+def test_a_split_of_yfinance_counts_where_the_price_moves_with_it(read, before, open, close, split, counts):
+    rows = f"Date,Open,Close,Stock Splits\n2024-03-07,,{before},0\n2024-03-08,{open},{close},{split}\n"
+    assert read(rows, "ABC.csv")["ABC"][1].split == (Fraction(split) if counts else 1)
+
+
+def test_a_split_of_yfinance_without_a_price_moves_the_next(read):
+    rows = "Date,Close,Stock Splits\n2024-03-07,100,4.0\n2024-03-08,,5.0\n2024-03-09,,2.0\n2024-03-10,{},0\n"
+    assert events(read(rows.format(10), "ABC.csv")) == [("", ""), ("", "10:1")]
+    assert events(read(rows.format(100), "ABC.csv")) == [("", ""), ("", "")]
+
+
+def test_a_split_is_believed_beside_one_of_yfinance(read):
+    rows = "Date,Close,split,Stock Splits\n2024-03-07,100,,\n2024-03-08,99,2,2.0\n"
+    assert events(read(rows, "ABC.csv")) == [("", ""), ("", "2:1")]
+
+
+EVENTS = "date,ticker,price,dividend,split\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("2024-03-07,ABC,1,-0.01,", "the dividend -0.01 is not from 0 to below 10000000000"),
+        ("2024-03-07,ABC,1,10000000000,", "the dividend 10000000000 is not from 0"),
+        ("2024-03-07,ABC,1,1e400,", "the dividend 1e400 is not from 0"),
+        ("2024-03-07,ABC,1,much,", "'much' is no number"),
+        ("2024-03-07,ABC,1,inf,", "'inf' is no number"),
+        ("2024-03-07,ABC,,much,", "'much' is no number"),
+        ("2024-03-07,ABC,1,,-2", "the split -2 is not from 1:10000 to 10000:1"),
+        ("2024-03-07,ABC,1,,1e9", "the split 1e9 is not"),
+        ("2024-03-07,ABC,1,,10000.1", "the split 10000.1 is not"),
+        ("2024-03-07,ABC,1,,0.00009", "the split 0.00009 is not"),
+        ("2024-03-07,ABC,1,,1e-900", "the split 1e-900 is not"),
+        ("2024-03-07,ABC,1,,10001:1", "the split 10001:1 is not"),
+        ("2024-03-07,ABC,1,,1:10001", "the split 1:10001 is not"),
+        ("2024-03-07,ABC,1,,0:1", "the split 0:1 is not"),
+        ("2024-03-07,ABC,1,,1:0", "'1:0' is no number"),
+        ("2024-03-07,ABC,1,,two", "'two' is no number"),
+        ("2024-03-07,ABC,1,,1.5:1", "'1.5:1' is no number"),
+        ("2024-03-07,ABC,1,,\uff11:1", "'\uff11:1' is no number"),
+        pytest.param(f"2024-03-07,ABC,1,,{'9' * 5000}:1", "'9{40}' is no number", id="a long ratio"),
+        ("tomorrow,ABC,,1,", "'tomorrow' is no time"),
+        ("2024-03-07,A B,,1,", "'A B' is no ticker"),
+        ("2024-03-06,ABC,1,0.5,", "ABC has two dividends at 2024-03-06T00:00:00.00:00: 0.25 and 0.5"),
+        ("2024-03-06,ABC,1,,1:3", "ABC has two splits at 2024-03-06T00:00:00.00:00: 3:2 and 1:3"),
+    ],
+)
+def test_a_bad_event_is_refused_with_its_line_and_the_reason(read, row, reason):
+    with pytest.raises(BadFile, match=rf"market\.csv, line 3: {reason}.*\.$") as refusal:
+        read(f"{EVENTS}2024-03-06,ABC,1,0.25,1.5\n{row}\n")
+    assert str(refusal.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "row", ["2024-03-0{},ABC,,9999999999,", "2024-03-0{},ABC,,,1000", "2024-03-0{},ABC,,,0.001"]
+)
+def test_what_adds_up_to_more_than_there_can_be_is_refused(read, tmp_path, row):
+    rows = "\n".join(row.format(day) for day in (7, 8))
+    reason = "ABC has too many dividends or splits until 2024-03-09T00:00:00+00:00."
+    with pytest.raises(BadFile) as refusal:
+        read(f"{EVENTS}{rows}\n2024-03-09,ABC,1,,\n")
+    assert str(refusal.value) == f"{tmp_path / 'market.csv'}: {reason}"
+
+
+def test_two_columns_of_one_thing_are_refused(read):
+    with pytest.raises(BadFile, match="line 1: there are two columns dividends of MARKET"):
+        read("date,close,dividend,dividends\n2024-03-07,1,1,1\n")
 
 
 # ------------------------------------------------------------------------- Encodings, separators, gaps
@@ -459,13 +708,15 @@ def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path):
 
 GOOD = [
     PLAIN.encode(),
+    f"{EVENTS}2024-03-07,ABC,9,0.25,\n2024-03-08,ABC,,,3:2\n2024-03-09,ABC,6,0.1,0.333333\n".encode(),
+    with_events(yahoo_bars()).to_csv().encode(),
     PLAIN.encode("utf-16"),
     PLAIN.replace(",", ";").replace(".", ",").encode("utf-8-sig"),
     downloaded("AAPL", "IBM").to_csv().encode(),
     downloaded("AAPL", "IBM", group_by="ticker").reset_index().to_csv().encode(),
     b'"date","AAPL","IBM"\r\n"1709769600",1e-5,NaN\r\n',
 ]
-PIECES = [b"", *b', ; \n \r " \0 \xff e - . date price'.split(b" "), b"\xef\xbb\xbf", b"9" * 400]
+PIECES = [b"", *b', ; \n \r " \0 \xff e - . : date price split'.split(b" "), b"\xef\xbb\xbf", b"9" * 400]
 
 
 def is_read_or_refused(file: Path, content: bytes) -> None:
@@ -484,15 +735,9 @@ def is_read_or_refused(file: Path, content: bytes) -> None:
             assert 0 < bar.low <= min(bar.open, bar.close)
             assert max(bar.open, bar.close) <= bar.high < 10**10
             assert bar.volume >= 0
+            assert 0 <= bar.dividend < 10**10
+            assert Fraction(1, 10_000) <= bar.split <= 10_000
             assert bar.timestamp.tzinfo is UTC
-
-
-MANY = settings(
-    max_examples=300,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    database=None,
-)
 
 
 @MANY
