@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import cache, partial, wraps
 from json.encoder import encode_basestring_ascii as quoted
@@ -53,8 +53,7 @@ import alpaca_face
 import openapi
 import public
 import tradingview
-from corporate import CorporateAction
-from database import READ_ONLY, OutcomeUnknown, db, transaction, use_database
+from database import OutcomeUnknown, db, is_read_only, transaction, use_database
 from messages import (
     ACCOUNT_LIMIT,
     ORDER_LIMIT,
@@ -504,10 +503,10 @@ def up_to_date(account: Account, key_hash: str) -> Account:
         try:
             with suppress(OutcomeUnknown):  # Whatever came of it, we look again.
                 with transaction(account.user_id):
-                    locked(account.user_id, key_hash)
-                is_settled = True
-        except InternalError as error:
-            if account.settled_at or getattr(error.orig, "pgcode", None) != READ_ONLY:
+                    now_settled = locked(account.user_id, key_hash)
+                is_settled = not market.is_sample or not market.has_moved(now_settled)  # See `catch_up`.
+        except DBAPIError as error:
+            if account.settled_at or not is_read_only(error):
                 raise
             return account
     log_fills()
@@ -522,10 +521,18 @@ def locked(user_id: int, key_hash: str, ticker: str = "", order_key: str = "") -
     return account
 
 
+A_DAY = timedelta(days=1)
+
+
 def catch_up(account: Account, moment: datetime | None = None) -> None:
-    """Show its open orders all prices since they last saw some, and book its splits and dividends."""
+    """Show its open orders all prices since they last saw some, and book its splits and dividends.
+
+    On the sample market a day of them at a time: one that was left for a year holds up nobody for long.
+    """
     if market.may_have_moved(account):
         moment = moment or now()
+        if market.is_sample:
+            moment = min(moment, (account.settled_at or account.acted_at) + A_DAY)
         show(account, market.since_settled(account, moment), moment)
 
 
@@ -774,8 +781,9 @@ def at_the_market() -> tuple[Account, Sequence, dict[str, Quote]]:
     """Your account, its holdings and what they cost; a split that came with a price is booked."""
     account, holdings = Account.with_holdings(g.user_id, g.key_hash)
     quotes = market.quotes([holding.ticker for holding in holdings], account)
-    if not market.is_sample and CorporateAction.latest() > account.actions_seen:
-        up_to_date(Account.with_key(g.key_hash), g.key_hash)
+    if market.is_ahead_of(account):
+        if newest := Account.with_key(g.key_hash):
+            up_to_date(newest, g.key_hash)
         account, holdings = Account.with_holdings(g.user_id, g.key_hash)
     return account, holdings, quotes
 
@@ -824,13 +832,14 @@ def execute(order: Order, order_key: str, dry_run: bool = False) -> TradeAnswer:
 
     with transaction(g.user_id, keep=not dry_run):
         account = locked(g.user_id, g.key_hash, order.ticker, order_key)
+        if dry_run:
+            g.pop("filled", None)  # It is undone with the rest.
         if earlier := earlier_under_key(account):  # Its first answer needs no price.
             answer, headers = replay(earlier, earlier.is_for(order), type(earlier).to_dict)
             return answer | (REHEARSED if dry_run else {}), headers
         quote = quote_for(account, order.ticker, quote)
         booked = account.fill(order, quote, account.holding(order.ticker), COSTS)
         if dry_run:
-            g.pop("filled", None)
             return booked.to_dict() | REHEARSED
         account.book(booked, account.holding(order.ticker), order_key)
         g.tried = booked
@@ -1246,6 +1255,8 @@ def correct(wanted: Correction, order_key: str, user_id: int) -> tuple[TradeAnsw
     those that are taken away take their part of the cost with them.
     """
     g.user_id, key_hash = user_id, User.key_hash_of(user_id)
+    if account := Account.with_key(key_hash):
+        up_to_date(account, key_hash)
     with transaction(user_id):
         account = locked(user_id, key_hash, wanted.ticker, order_key)
         if earlier := earlier_under_key(account):

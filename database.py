@@ -285,6 +285,12 @@ def is_unusable(error: Exception) -> bool:
     return getattr(error, "pgcode", None) in (READ_ONLY, NO_SUCH_NAME, NAME_IS_TAKEN, PLAN_IS_OLD)
 
 
+def is_read_only(error: DBAPIError) -> bool:
+    """Whether the database takes no writes: a standby, or a file that is not ours to change."""
+    code = getattr(error.orig, "pgcode", None) or getattr(error.orig, "sqlite_errorname", "")
+    return code == READ_ONLY or code.startswith("SQLITE_READONLY")
+
+
 @sa.event.listens_for(sa.Engine, "handle_error")
 def leave_the_connection(context: sa.engine.ExceptionContext) -> None:
     context.is_disconnect = context.is_disconnect or is_unusable(context.original_exception)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from functools import cache
-from math import ceil
+from math import ceil, prod
 from typing import Annotated, NotRequired
 from uuid import uuid4
 
@@ -410,10 +410,10 @@ class Trade(db.Model):
         return db.session.scalar(own.where(cls.market_price.is_not(None)).order_by(cls.id.desc()).limit(1))
 
     @classmethod
-    def of_price_since(cls, moment: datetime, ticker: str, account: "Account") -> Sequence["Trade"]:
-        """The trades in `ticker` of the account's run at prices that the market had from a `moment` on."""
+    def since(cls, account: "Account", ticker: str, *moment) -> Sequence["Trade"]:
+        """The trades in `ticker` of the account's run from a `moment` on, which is a condition."""
         own = sa.select(cls).filter_by(user_id=account.user_id, run=account.run, ticker=ticker)
-        return db.session.scalars(own.where(cls.market_time >= moment)).all()
+        return db.session.scalars(own.where(*moment)).all()
 
     @classmethod
     def page(
@@ -1094,15 +1094,22 @@ class Account(db.Model):
         self.fill_placed(order, price, quote, holding, costs)
 
     def fill_placed(
-        self, order: PlacedOrder, price: Decimal, quote: Quote, holding: Holding, costs: Costs
+        self,
+        order: PlacedOrder,
+        price: Decimal,
+        quote: Quote,
+        holding: Holding,
+        costs: Costs,
+        moment: datetime | None = None,
     ) -> Trade:
-        """Book the trade that fills `order`, out of what was held back for it."""
+        """Book the trade that fills `order`, out of what was held back for it, at `moment` or now."""
         orders, pair = self.orders, order.pair_among(self.orders)
         self.orders = [other for other in orders if other not in (order, pair)]
         try:
             trade = self.exchange(order.action, order.quantity, price, quote, holding, costs)
         finally:
             self.orders = orders
+        trade.created_at = moment or trade.created_at
         trade.order_id, trade.order_type = order.id, "limit" if order.is_limit else "market"
         self.book(trade, holding, f"order {uuid4()}")
         order.trade_id, order.price = trade.id, price
@@ -1189,7 +1196,7 @@ class Account(db.Model):
                 ticker=order.ticker, price=market_price, source=passed.source, market_time=passed.market_time
             )
             try:
-                trades.append(self.fill_placed(order, price, quote, holding, costs))
+                trades.append(self.fill_placed(order, price, quote, holding, costs, tick.shown_at))
             except Refused as refusal:
                 order.close("canceled", self.orders, refusal.detail)
         self.acted_at = moment
@@ -1210,7 +1217,7 @@ class Account(db.Model):
         """
         self.actions_seen = max(self.actions_seen, action.number or 0)
         holding = self.holding(action.ticker)
-        entitled, trades = self.entitled(action, holding), []
+        entitled, trades = self.entitled(action, holding, moment), []
         if entitled:
             trade = Trade(
                 user_id=self.user_id,
@@ -1242,19 +1249,26 @@ class Account(db.Model):
             self.split_orders(action, holding, costs)
         return trades
 
-    def entitled(self, action: CorporateAction, holding: Holding) -> Decimal:
+    def entitled(self, action: CorporateAction, holding: Holding, moment: datetime) -> Decimal:
         """The shares that a split or a dividend is for: those held before its `ex_at`.
 
-        A recorded one comes when the account's clock does, before anything is traded there. A published one
-        may be late: what was traded meanwhile was traded at prices without it. Of a late split that takes
-        shares away no more can go than there are.
+        A recorded one comes when the account's clock does, at that `moment`, before anything is traded there;
+        but where nothing was booked for a while (`CORPORATE_ACTIONS`) something may have been. A published
+        one may be late: what was traded meanwhile was traded at prices without it. A late split is for as
+        many shares as those have become by other splits since, and takes no more away than there are.
         """
-        if action.number is None:
+        if action.number is not None:
+            since = Trade.since(self, action.ticker, Trade.market_time >= action.ex_at)
+        elif self.updated_at and self.updated_at > moment:
+            since = Trade.since(self, action.ticker, Trade.created_at >= moment)
+        else:
             return holding.quantity
-        since = Trade.of_price_since(action.ex_at, action.ticker, self)
         before = max(holding.quantity - sum(trade.change for trade in since), Decimal(0))
-        takes_away = action.kind == "split" and action.ratio < 1
-        return min(before, holding.quantity) if takes_away else before
+        if action.kind == "dividend":
+            return before
+        later = prod(ratio_from(trade.ratio) for trade in since if trade.ratio)
+        before = times(before, later, ROUND_FLOOR)
+        return min(before, holding.quantity) if action.ratio < 1 else before
 
     def receive(self, trade: Trade, holding: Holding) -> None:
         """Take in what is neither bought nor sold: its shares, which cost nothing, and its cash.

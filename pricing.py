@@ -428,6 +428,10 @@ class LiveMarket:
         """What `has_moved` says, as far as it is known without asking: there a lock is held."""
         return bool(account.orders) or account.latest_action > account.actions_seen
 
+    def is_ahead_of(self, account: Account) -> bool:
+        """Whether splits or dividends were published that the account has not had."""
+        return CorporateAction.latest() > account.actions_seen
+
     def has_moved(self, account: Account) -> bool:
         """Whether there are splits and dividends that the account has not had, or prices that its open orders
         have not seen; asks for those that ran out.
@@ -1203,7 +1207,7 @@ class SampleMarket:
         acting = account.acted_at and self.next_acting(minute_of(account.acted_at))
         return bool(acting) and acting <= minute
 
-    may_have_moved = has_moved
+    may_have_moved = is_ahead_of = has_moved
 
     def since_settled(self, account: Account, moment: datetime) -> Iterator[Tick]:
         """The bars that the running clock has shown since the account's open orders saw one, until `moment`;

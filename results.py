@@ -153,6 +153,7 @@ def curve_of(cash: Decimal, steps: Iterable[Step]) -> Iterator[Mark]:
                 del held[trade.ticker]
             if trade.market_price:
                 last_traded[trade.ticker] = trade.market_price
+            if trade.order_type:  # Splits and dividends judge by no price: the ticker may be pinned.
                 prices = prices | {trade.ticker: trade.market_price}
             cash = trade.cash_after
         worth = [

@@ -1,0 +1,208 @@
+"""Splits and clocks that jump, run round and turn meanwhile; what comes late, and what is pinned."""
+
+import inspect
+import time
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import pytest
+import requests
+from cast import ADMIN, Database, Server, loaded
+from standins import MarketStandIn
+
+PRICES = """timestamp,ticker,price,split,dividend
+2020-01-01,OLD,1000,,
+2020-01-01,XYZ,100,,
+2020-01-02,XYZ,100,,
+2020-01-03,XYZ,100,,
+2020-01-04,XYZ,100,,
+2020-01-05,XYZ,10,10:1,
+2020-01-06,XYZ,10,,
+2020-01-07,XYZ,10,,1
+2020-01-08,XYZ,10,,
+2020-01-01,REV,1,,
+2020-01-05,REV,8,1:8,
+2020-01-01,FEW,100,,
+2020-01-05,FEW,100,,
+2020-01-08,FEW,50,,
+"""
+
+
+def day(number: int) -> str:
+    return f"2020-01-{number:02}T00:00:00Z"
+
+
+@pytest.fixture(scope="module")
+def recorded(new_database_on, tmp_path_factory):
+    file = tmp_path_factory.mktemp("market") / "prices.csv"
+    file.write_text(PRICES)
+    settings = {"SAMPLE_MARKET": file, "CORPORATE_ACTIONS": "on"}
+    with Server(new_database_on("sqlite").migrate().url, workers=1, **settings) as server:
+        yield server
+
+
+@pytest.fixture
+def alice(recorded):
+    return recorded.trader()
+
+
+def corrects(trader, **change):
+    path = f"{trader.server.url}/api/v1/users/{trader.user_id}/corrections"
+    return requests.post(path, json=change, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=30)
+
+
+def equities(trader) -> list:
+    return [p["equity"] for p in trader.get("/api/v1/account/history", resolution="bar")["points"]]
+
+
+def test_the_curve_does_not_jump_where_a_clock_that_has_passed_a_split_goes_back_over_it(alice):
+    alice.goes_to(day(1))
+    alice.buys(10, "XYZ")
+    alice.advances(5)  # Over the split to the sixth.
+    alice.goes_to(day(2))
+    assert alice.holdings["XYZ"][0] == 10
+    assert set(equities(alice)) == {100_000}
+
+
+def test_the_curve_does_not_jump_where_a_running_clock_is_stopped_beyond_a_split(alice, recorded):
+    alice.goes_to(day(1))
+    alice.buys(10, "XYZ")
+    alice.ask("PUT", "/api/v1/market/clock", json={"at": None})
+    for number in (1, 6, 2, 8, 3):
+        alice.goes_to(day(number))
+        alice.ask("PUT", "/api/v1/market/clock", json={"at": None})
+    curve = equities(alice)
+    dividends = sum(t["total_amount"] for t in alice.trades if t["trade_type"] == "dividend")
+    assert min(curve) >= 100_000
+    assert max(curve) <= 100_000 + dividends
+
+
+def test_a_correction_makes_no_jump_in_the_curve_of_a_recorded_market(alice):
+    alice.goes_to(day(1))
+    alice.buys(10, "FEW")  # It will cost half at the end of the file.
+    assert corrects(alice, ticker="FEW", cash="1", reason="a present").status_code == 201
+    alice.advances(1)
+    history = alice.get("/api/v1/account/history", resolution="bar")
+    assert {p["equity"] for p in history["points"]} <= {100_000, 100_001}
+    assert {p["timestamp"][:4] for p in history["points"]} == {"2020"}
+
+
+def test_of_two_splits_of_which_the_earlier_comes_late_both_count(program, new_database_on):
+    """It is for the shares that the old ones have become since."""
+    settings = {"PRICE_SOURCES": "yahoo", "PRICE_CACHE_SECONDS": 1, "CORPORATE_ACTIONS": "on"}
+    url, hour = new_database_on("sqlite").migrate().url, timedelta(hours=1)
+    moment = datetime.now(UTC).replace(microsecond=0)
+    with MarketStandIn() as yahoo:
+        copied = {"GUNICORN_CMD_ARGS": f"--chdir {program}"}
+        with Server(url, workers=1, **yahoo.environment, **copied, **settings) as server:
+            alice = server.trader()
+            yahoo.yahoo("TWICE", "1000", seen=str(int((moment - 3 * hour).timestamp())))
+            alice.buys(10, "TWICE")
+            yahoo.split("TWICE", moment - hour, 10)
+            yahoo.yahoo("TWICE", "50")  # All of it is in the price.
+            time.sleep(1.1)
+            assert alice.holdings["TWICE"][0] == 100
+            yahoo.split("TWICE", moment - 2 * hour, 2)
+            time.sleep(1.1)
+            assert alice.holdings["TWICE"][0] == 200
+
+
+def set_back(trader, minutes: int) -> None:
+    """As if all of it had been so many minutes earlier."""
+    database = Database(trader.server.database_url)
+    at = f"{datetime.now(UTC) - timedelta(minutes=minutes):%Y-%m-%d %H:%M:%S.000000}"
+    database.run("DROP TRIGGER IF EXISTS ibkr_trades_no_update")
+    balances = "ibkr_balances SET acted_at = :at, settled_at = CASE WHEN settled_at > 0 THEN :at END"
+    changes = ("ibkr_stretches SET begun_at = :at", "ibkr_trades SET created_at = :at", balances)
+    for change in (*changes, "ibkr_pins SET created_at = :at"):
+        database.run(f"UPDATE {change} WHERE user_id = :id", at=at, id=trader.user_id)
+
+
+def test_what_was_in_force_before_a_purchase_is_not_booked_when_actions_are_switched_on(
+    new_database_on, recorded
+):
+    """While nothing is booked (off, or another file) shares come all the same."""
+    url, same = new_database_on("sqlite").migrate().url, {"SAMPLE_MARKET": recorded.settings["SAMPLE_MARKET"]}
+    with Server(url, workers=1, CORPORATE_ACTIONS="off", **same) as server:
+        alice = server.trader()
+        set_back(alice, 60 * 24)  # The account is a day old,
+        alice.buys(1, "XYZ")  # and the share a moment.
+    with Server(url, workers=1, CORPORATE_ACTIONS="on", **same) as server:
+        alice.server = server
+        assert len(alice.trades) <= 2  # The minute may have turned, and brought one.
+
+
+def test_the_curve_does_not_jump_where_an_open_order_was_filled_rounds_ago(alice):
+    """It has the time at which a running clock showed its bar, as splits have."""
+    alice.ask("PUT", "/api/v1/market/clock", json={"at": None})
+    alice.sees("FEW", 100)
+    alice.buys(1000 / alice.get("/api/v1/price/XYZ")["price"], "XYZ")
+    alice.rests("buy", "0.01", "FEW", limit_price=60)  # 50 is what it costs in every round.
+    alice.ask("DELETE", "/api/v1/market/prices/FEW")
+    set_back(alice, 3 * 8)
+    dividends = sum(t["total_amount"] for t in alice.trades if t["trade_type"] == "dividend")
+    curve = equities(alice)
+    assert min(curve) > 99_999
+    assert max(curve) < 100_001 + dividends
+
+
+def test_an_account_that_was_left_for_days_has_all_that_its_clock_has_passed(alice):
+    """It is booked a day at a time, by one request all the same."""
+    alice.ask("PUT", "/api/v1/market/clock", json={"at": None})
+    alice.buys(1, "XYZ")
+    set_back(alice, 3 * 24 * 60)
+    lines = alice.ask("GET", "/api/v1/trades.csv", params={"action": "dividend"}).text.splitlines()[1:]
+    assert 3 * 24 * 60 / 8 - 1 <= len(lines) <= 3 * 24 * 60 / 8 + 1
+    assert alice.audit()["ok"]
+
+
+def test_a_dividend_makes_no_dip_in_the_curve_where_its_ticker_is_pinned(alice):
+    """Its mark is valued at the bar's close, the marks before and after it at the pin."""
+    alice.goes_to(day(6))
+    alice.sees("XYZ", 200).buys(10, "XYZ")
+    alice.advances(2)
+    assert min(equities(alice)) >= 100_000
+
+
+def test_a_split_is_booked_when_the_minute_turns_while_a_running_clock_is_stopped(
+    new_database_on, recorded, monkeypatch
+):
+    """The wall clock is the test's, and a slow catch-up takes from 3:59 to 4:00, when the split comes."""
+    url, file = new_database_on("sqlite").migrate().url, recorded.settings["SAMPLE_MARKET"]
+    with loaded(DATABASE_URL=url, PRICE_SOURCES="sample", SAMPLE_MARKET=file) as program:
+        import models
+        import pricing
+
+        round = 8 * 60
+        clock = [(int(time.time()) // round + 2) * round + 60]
+        routes = inspect.unwrap(program["set_clock"]).__globals__
+
+        class Wall(datetime):
+            @classmethod
+            def now(cls, zone=None):
+                return datetime.fromtimestamp(clock[0], UTC)
+
+        monkeypatch.setattr(pricing, "datetime", Wall)
+        for module in (models, pricing):
+            monkeypatch.setattr(module, "now", Wall.now)
+        monkeypatch.setitem(routes, "now", Wall.now)
+        with program["app"].app_context():
+            _, key = program["User"].open("late@example.com", Decimal(100_000))
+        ask, headers = program["app"].test_client().open, {"Authorization": f"Bearer {key}"}
+        order = {"ticker": "XYZ", "action": "buy", "quantity": "10"}
+        assert ask("/api/v1/trade", method="POST", headers=headers, json=order).status_code == 200
+
+        def slowly(*asked, locked=routes["locked"]):
+            account = locked(*asked)
+            clock[0] += 1
+            return account
+
+        clock[0] += 3 * 60 - 1
+        monkeypatch.setitem(routes, "locked", slowly)
+        put = ask("/api/v1/market/clock", method="PUT", headers=headers, json={"at": day(6)})
+        assert put.status_code == 200
+        with program["app"].app_context():
+            held = program["sa"].text("SELECT quantity FROM ibkr_stock_balances")
+            assert program["db"].session.scalar(held) == 100 * 10**8
+            program["db"].session.close()
+            program["db"].engine.dispose()
