@@ -167,9 +167,15 @@ for web_server in ("gunicorn.error", "werkzeug"):
 settings = read_settings()
 PRICE_SOURCES = settings.PRICE_SOURCES
 if __name__ == "__main__" and "PRICE_SOURCES" not in settings.model_fields_set and not yahoo_is_reachable():
-    print("Yahoo Finance cannot be reached: serving the recorded sample market instead.")
+    print(
+        "Yahoo Finance cannot be reached: serving the recorded sample market instead. "
+        "Commands want PRICE_SOURCES=sample in front, then."
+    )
     PRICE_SOURCES = ["sample"]
-EMBEDDED = "sqlite:///sample.db" if PRICE_SOURCES == ["sample"] else "sqlite:///simulator.db"
+EMBEDDED = "sqlite:///simulator.db"
+if PRICE_SOURCES == ["sample"]:  # A market of one's own has books of its own.
+    name = settings.SAMPLE_MARKET and re.sub("[^A-Za-z0-9]", "-", settings.SAMPLE_MARKET.stem)
+    EMBEDDED = f"sqlite:///sample-{name}.db" if name else "sqlite:///sample.db"
 DATABASE_URL = settings.DATABASE_URL or EMBEDDED
 if public.ON_HOST and DATABASE_URL.startswith("sqlite"):
     logging.warning(
@@ -207,6 +213,8 @@ class Gate:
             headers = [*headers, *public.CAREFUL, *environ.get("broker.limit", ()), ("X-Request-Id", own_id)]
             if environ["PATH_INFO"].startswith(("/api/", alpaca_face.PREFIX)):
                 headers.append(public.NOT_TO_KEEP)
+            else:  # What is served from a file has a date of its own, beside the web server's.
+                headers = [header for header in headers if header[0] != "Date"]
             if all(name != "Content-Security-Policy" for name, _ in headers):  # A page brings its own.
                 headers.append(public.NO_SOURCES)
             if "https" in (environ["wsgi.url_scheme"], environ.get("HTTP_X_FORWARDED_PROTO")):
@@ -1540,9 +1548,10 @@ def serve() -> None:
     except OSError as error:
         sys.exit(f"HOST={settings.HOST} PORT={settings.PORT} cannot be served: {error}")
     url = f"http://{settings.HOST}:{settings.PORT}"
+    ticker = "AAPL" if not market.is_sample or "AAPL" in market.series else next(iter(market.series))
     print(
         f"Serving {', '.join(PRICE_SOURCES)} prices on {url}. Try: "
-        f"curl -H 'Authorization: Bearer {TEST_KEY}' {url}/api/v1/price/AAPL",
+        f"curl -H 'Authorization: Bearer {TEST_KEY}' {url}/api/v1/price/{ticker}",
         flush=True,
     )
     server.daemon_threads = False  # So that it answers what is in flight before it ends.

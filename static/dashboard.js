@@ -314,6 +314,7 @@ const SUMMARY = [
   ["Realised profit", "realized_pnl", (number) => `${profit(number)} USD`, direction],
   ["Winning sales", "win_rate_percent", (number) => `${money(number)} %`],
   ["Profit factor", "profit_factor", (number) => shown(number, 2, 2)],
+  ["Dividends", "dividends", usd],
   ["Commission", "commission", usd],
 ];
 

@@ -1147,7 +1147,9 @@ def test_python_app_py_serves_the_sample_where_yahoo_does_not_answer(program, ma
         assert time.monotonic() - started < 15
         assert ask_by_hand(server, "AAPL")["source"] == "sample"
         first, second = told(server)
-        assert first == "Yahoo Finance cannot be reached: serving the recorded sample market instead."
+        assert first.startswith(
+            "Yahoo Finance cannot be reached: serving the recorded sample market instead."
+        )
         assert second.startswith("Serving sample prices on ")
     assert (program / "instance" / "sample.db").exists()
 

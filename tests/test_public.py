@@ -57,6 +57,16 @@ def test_a_browser_that_came_over_https_is_told_to_stay_there(alice):
         assert answer.headers["Strict-Transport-Security"] == "max-age=31536000"
 
 
+def test_an_answer_has_one_date(program):
+    """A file has one of its own, and the web server gives each answer one."""
+    server = Server("", command=[sys.executable, "app.py"])
+    server.folder = program
+    with server:
+        for path in ("/", "/docs", "/static/dashboard.js", "/health", "/nothing"):
+            raw = requests.get(server.url + path, timeout=30).raw
+            assert len(raw.headers.getlist("Date")) == 1, path
+
+
 # Request ids and the log
 
 
