@@ -495,17 +495,17 @@ def admit() -> None:
 
 def up_to_date(account: Account, key_hash: str) -> Account:
     """The account, once its open orders have seen all prices and its splits and dividends are booked: before
-    anything of it is read. A standby, which takes no writes, tells it as it is.
+    anything of it is read. A standby, which takes no writes, tells one without open orders as it is.
     """
     if not market.has_moved(account):  # Asked before the lock: no locked row waits for Yahoo.
         return account
-    is_settled = False
-    while not is_settled:
+    while True:
         try:
-            with suppress(OutcomeUnknown):  # Whatever came of it, we look again.
-                with transaction(account.user_id):
-                    locked(account.user_id, key_hash)
-                is_settled = True
+            with transaction(account.user_id):
+                locked(account.user_id, key_hash)
+            break
+        except OutcomeUnknown:
+            pass  # Whatever came of it, we look again.
         except InternalError as error:
             if account.settled_at or getattr(error.orig, "pgcode", None) != READ_ONLY:
                 raise
@@ -774,8 +774,9 @@ def at_the_market() -> tuple[Account, Sequence, dict[str, Quote]]:
     """Your account, its holdings and what they cost; a split that came with a price is booked."""
     account, holdings = Account.with_holdings(g.user_id, g.key_hash)
     quotes = market.quotes([holding.ticker for holding in holdings], account)
-    if not market.is_sample and CorporateAction.latest() > account.actions_seen:
-        up_to_date(Account.with_key(g.key_hash), g.key_hash)
+    account.latest_action = 0 if market.is_sample else CorporateAction.latest()
+    if account.latest_action > account.actions_seen:
+        up_to_date(account, g.key_hash)
         account, holdings = Account.with_holdings(g.user_id, g.key_hash)
     return account, holdings, quotes
 
@@ -1174,7 +1175,7 @@ def rules() -> RulesAnswer:
             "A trade is booked in full and at once, or not at all.",
             "An order may rest: what it may cost is held back, and only later prices fill it.",
             "A limit is filled at its limit, a stop at its stop or where the market opens beyond it.",
-            *BOOKED_BY_ITSELF[: 2 * settings.CORPORATE_ACTIONS],
+            *(BOOKED_BY_ITSELF if settings.CORPORATE_ACTIONS else ()),
         ],
         "order_types": list(get_args(OrderType)),
         "costs": {
