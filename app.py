@@ -502,17 +502,18 @@ def admit() -> None:
 
 def up_to_date(account: Account, key_hash: str) -> Account:
     """The account, once its open orders have seen all prices and its splits and dividends are booked: before
-    anything of it is read. A standby, which takes no writes, tells it as it is.
+    anything of it is read. A standby, which takes no writes, tells one without open orders as it is.
     """
     if not market.has_moved(account):  # Asked before the lock: no locked row waits for Yahoo.
         return account
-    is_settled = False
-    while not is_settled:
+    while True:
         try:
-            with suppress(OutcomeUnknown):  # Whatever came of it, we look again.
-                with transaction(account.user_id):
-                    now_settled = locked(account.user_id, key_hash)
-                is_settled = not market.is_sample or not market.has_moved(now_settled)  # See `catch_up`.
+            with transaction(account.user_id):
+                settled = locked(account.user_id, key_hash)
+            if not market.is_sample or not market.has_moved(settled):  # See `catch_up`.
+                break
+        except OutcomeUnknown:
+            pass  # Whatever came of it, we look again.
         except DBAPIError as error:
             if account.settled_at or not is_read_only(error):
                 raise
@@ -1191,7 +1192,7 @@ def rules() -> RulesAnswer:
             "A trade is booked in full and at once, or not at all.",
             "An order may rest: what it may cost is held back, and only later prices fill it.",
             "A limit is filled at its limit, a stop at its stop or where the market opens beyond it.",
-            *BOOKED_BY_ITSELF[: 2 * settings.CORPORATE_ACTIONS],
+            *(BOOKED_BY_ITSELF if settings.CORPORATE_ACTIONS else ()),
         ],
         "order_types": list(get_args(OrderType)),
         "costs": {

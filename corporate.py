@@ -110,12 +110,12 @@ class CorporateAction(db.Model):
         What was published stays: where the source now says something else of that day, or has moved it to
         another one close by, that is logged.
         """
-        days = {(action.kind, action.ex_at) for action in told}
+        told_now = {(action.kind, action.ex_at) for action in told}
         for action in told:
             near = cls.ex_at.between(action.ex_at - CLOSE_BY, action.ex_at + CLOSE_BY)
             own = sa.select(cls).filter_by(ticker=action.ticker, kind=action.kind).where(near)
             known = {other.ex_at: other for other in db.session.scalars(own)}
-            moved = [other for ex_at, other in known.items() if (other.kind, ex_at) not in days]
+            moved = [other for other in known.values() if (other.kind, other.ex_at) not in told_now]
             if earlier := known.get(action.ex_at) or next(iter(moved), None):
                 if not earlier.says_what(action):
                     log.warning("%s tells a %s now: the %s stays", action.source, action, earlier)

@@ -729,8 +729,9 @@ class Stretch(db.Model):
 
 def in_lieu(split: Trade | sa.Row) -> Decimal:
     """The cash for what a split's shares are rounded down by, in dollars."""
-    exact = split.quantity * ratio_from(split.ratio).numerator / ratio_from(split.ratio).denominator
-    return value_of(exact - split.quantity - change_by(split), split.price)
+    ratio = ratio_from(split.ratio)
+    left = split.quantity * ratio.numerator - (split.quantity + change_by(split)) * ratio.denominator
+    return rounded(left * split.price / ratio.denominator, ROUND_FLOOR)  # A third of 3 is 1, divided last.
 
 
 class QuoteExpired(Exception):

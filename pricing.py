@@ -495,7 +495,7 @@ class LiveMarket:
 
         def next_trade() -> Step:
             trade = waiting.popleft()
-            if trade in splits:
+            if trade.trade_type == "split":
                 splits.remove(trade)
                 prices[trade.ticker] = trade.price
             return Step(trade.created_at, prices, trade)

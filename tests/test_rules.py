@@ -194,3 +194,8 @@ def test_a_split_makes_no_money_and_loses_none(quantity, price, new, old):
     assert Fraction(alice.cash_balance) == 5 + left * Fraction(price) // Fraction(UNIT) * Fraction(UNIT)
     assert apple.cost_basis == (100 if apple.quantity else 0)
     assert alice.cash_balance + apple.cost_basis == 105 + trade.realized_pnl
+
+
+def test_a_third_of_a_unit_at_three_dollars_is_paid_out_in_full():
+    split = Trade(trade_type="split", quantity=UNIT, ratio="1:3", price=Decimal(3))
+    assert (split.change, in_lieu(split)) == (-UNIT, UNIT)
