@@ -834,7 +834,7 @@ def trade_on_alert(alert: Alert, order_key: str) -> TradeAnswer:
 
 
 def execute(order: Order, order_key: str, dry_run: bool = False) -> TradeAnswer:
-    """Trade at once, one time under the key; what is answered, and with a replay the answer's headers."""
+    """Trade at once, and only once under the key."""
     # `Simulator.dispatch_request` has let the request in (`admit`, which fills `g`) and may call this again.
     # Before the lock, as no locked row waits for Yahoo; a refusal is raised by `fill`: a replay needs none.
     quote = market.look_up(order.ticker, g.account)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal
 from fractions import Fraction
+from operator import attrgetter
 
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, CheckConstraint, UniqueConstraint
@@ -100,8 +101,8 @@ class CorporateAction(db.Model):
     @classmethod
     def after(cls, number: int) -> Sequence["CorporateAction"]:
         """What was published after that one, the oldest first; of one moment the dividends come first."""
-        newer = sa.select(cls).where(cls.number > number)
-        return db.session.scalars(newer.order_by(cls.ex_at, cls.kind, cls.ticker)).all()
+        newer = db.session.scalars(sa.select(cls).where(cls.number > number))
+        return sorted(newer, key=attrgetter("ex_at", "kind", "ticker"))
 
     @classmethod
     def publish(cls, told: Sequence["CorporateAction"]) -> None:
@@ -115,7 +116,11 @@ class CorporateAction(db.Model):
             near = cls.ex_at.between(action.ex_at - CLOSE_BY, action.ex_at + CLOSE_BY)
             own = sa.select(cls).filter_by(ticker=action.ticker, kind=action.kind).where(near)
             known = {other.ex_at: other for other in db.session.scalars(own)}
-            moved = [other for other in known.values() if (other.kind, other.ex_at) not in told_now]
+            moved = [
+                other
+                for other in known.values()
+                if (other.kind, other.ex_at) not in told_now or other.ex_at.date() == action.ex_at.date()
+            ]
             if earlier := known.get(action.ex_at) or next(iter(moved), None):
                 if not earlier.says_what(action):
                     log.warning("%s tells a %s now: the %s stays", action.source, action, earlier)

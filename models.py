@@ -83,6 +83,9 @@ from orders import ORDERS_LIMIT, DayOf, Passed, PlacedOrder, Tick, settle
 
 log = logging.getLogger(__name__)
 
+BY_ITSELF = "\N{SECTION SIGN}"
+"""With it begin the keys of splits and dividends; no client's key can have it."""
+
 # ------------------------------------------------------------------------------------------- Users
 
 
@@ -394,6 +397,30 @@ class Trade(db.Model):
         return asked == (self.ticker, self.trade_type, size, limit)
 
     @classmethod
+    def of_action(
+        cls, account: "Account", action: CorporateAction, quantity: Decimal, moment: datetime
+    ) -> "Trade":
+        """A split or a dividend for `quantity` shares."""
+        trade = cls(
+            user_id=account.user_id,
+            run=account.run,
+            ticker=action.ticker,
+            trade_type=action.kind,
+            quantity=quantity,
+            commission=Decimal(0),
+            market_price=action.price,
+            price_source=action.source,
+            market_time=action.ex_at,
+            created_at=moment,
+        )
+        if action.kind == "split":
+            trade.ratio, trade.price = ratio_text(action.ratio), action.price
+            trade.total_amount = in_lieu(trade)
+        else:
+            trade.price, trade.total_amount = action.amount, value_of(quantity, action.amount)
+        return trade
+
+    @classmethod
     def of(cls, user_id: int, trade_id: int) -> "Trade | None":
         """The trade `trade_id`, if it is the user's own."""
         return db.session.scalar(sa.select(cls).filter_by(user_id=user_id, id=trade_id))
@@ -402,6 +429,10 @@ class Trade(db.Model):
     def change(self) -> Decimal:
         """By how much it changes its holding."""
         return change_by(self)
+
+    def same_as(self, other: "Trade") -> bool:
+        same = ("ticker", "trade_type", "ratio", "price", "total_amount", "market_price", "market_time")
+        return all(getattr(self, name) == getattr(other, name) for name in same)
 
     @classmethod
     def latest_in(cls, ticker: str, account: "Account") -> "Trade | None":
@@ -1217,34 +1248,16 @@ class Account(db.Model):
         Answers the trade, if anything was held. What would come to a limit of the books is left away.
         """
         self.actions_seen = max(self.actions_seen, action.number or 0)
-        holding = self.holding(action.ticker)
-        entitled, trades = self.entitled(action, holding, moment), []
-        if entitled:
-            trade = Trade(
-                user_id=self.user_id,
-                run=self.run,
-                ticker=action.ticker,
-                trade_type=action.kind,
-                quantity=entitled,
-                price=action.amount or action.price,
-                total_amount=value_of(entitled, action.amount or Decimal(0)),
-                commission=Decimal(0),
-                market_price=action.price,
-                price_source=action.source,
-                market_time=action.ex_at,
-                created_at=moment,
-            )
-            if action.kind == "split":
-                trade.ratio = ratio_text(action.ratio)
-                trade.total_amount = in_lieu(trade)
+        holding, trades = self.holding(action.ticker), []
+        if entitled := self.entitled(action, holding, moment):
+            trade = Trade.of_action(self, action, entitled, moment)
             try:
                 self.receive(trade, holding)
             except Refused as refusal:
                 log.warning("user %s: %s is left away: %s", self.user_id, action, refusal.detail)
                 return []
             trade.cash_after = self.cash_balance
-            # No client's key has such a sign: whoever would book it again is refused by the database.
-            self.book(trade, holding, f"\N{SECTION SIGN} {action.number or uuid4()}")
+            self.book(trade, holding, f"{BY_ITSELF} {action.number or uuid4()}")
             trades.append(trade)
         if action.kind == "split":
             self.split_orders(action, holding, costs)
@@ -1258,12 +1271,12 @@ class Account(db.Model):
         one may be late: what was traded meanwhile was traded at prices without it. A late split is for as
         many shares as those have become by other splits since, and takes no more away than there are.
         """
+        begins, is_later = moment, Trade.created_at >= moment
         if action.number is not None:
-            since = Trade.since(self, action.ticker, Trade.market_time >= action.ex_at)
-        elif self.updated_at and self.updated_at > moment:
-            since = Trade.since(self, action.ticker, Trade.created_at >= moment)
-        else:
-            return holding.quantity
+            begins, is_later = action.ex_at, Trade.market_time >= action.ex_at
+        if self.updated_at is None or self.updated_at < begins:
+            return holding.quantity  # Nothing was booked since, as it mostly is.
+        since = Trade.since(self, action.ticker, is_later)
         before = max(holding.quantity - sum(trade.change for trade in since), Decimal(0))
         if action.kind == "dividend":
             return before
@@ -1311,6 +1324,13 @@ class Account(db.Model):
                     self.hold_back(order, holding, costs)
             except Refused as refusal:
                 order.close("canceled", self.orders, refusal.detail)
+        for order in reversed(self.orders):  # A late one may take shares that were promised since.
+            if self.reserved_shares(action.ticker) <= holding.quantity:
+                break
+            if (order.ticker, order.action, order.status) == (action.ticker, "sell", "open"):
+                order.close(
+                    "canceled", self.orders, f"A split of {ratio_text(action.ratio)} has left too few shares."
+                )
 
     def correct(self, wanted: Correction, market_time: datetime) -> Trade:
         """Change the account as an admin wants it, where neither the market nor a trade can."""

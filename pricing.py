@@ -426,18 +426,21 @@ class LiveMarket:
 
     def may_have_moved(self, account: Account) -> bool:
         """What `has_moved` says, as far as it is known without asking: there a lock is held."""
-        return bool(account.orders) or account.latest_action > account.actions_seen
+        return bool(account.orders) or self.has_news_for(account)
+
+    def has_news_for(self, account: Account) -> bool:
+        return self.with_actions and account.latest_action > account.actions_seen
 
     def is_ahead_of(self, account: Account) -> bool:
-        """Whether splits or dividends were published that the account has not had."""
-        return CorporateAction.latest() > account.actions_seen
+        """Whether splits or dividends were published by now that the account has not had."""
+        return self.with_actions and CorporateAction.latest() > account.actions_seen
 
     def has_moved(self, account: Account) -> bool:
         """Whether there are splits and dividends that the account has not had, or prices that its open orders
         have not seen; asks for those that ran out.
         """
-        if account.latest_action > account.actions_seen or not account.settled_at:
-            return account.latest_action > account.actions_seen
+        if self.has_news_for(account) or not account.settled_at:
+            return self.has_news_for(account)
         moment, seen, ended = now(), {}, False
         with snapshot():
             orders = PlacedOrder.working(account.user_id)
@@ -460,9 +463,8 @@ class LiveMarket:
             Tick(max(quote.timestamp, placed), {quote.ticker: self.passed_at(quote)})
             for quote in Quote.after(seen)
         ]
-        news = [
-            Tick(action.published_at, {}, [action]) for action in CorporateAction.after(account.actions_seen)
-        ]
+        actions = CorporateAction.after(account.actions_seen) if self.with_actions else ()
+        news = [Tick(action.published_at, {}, [action]) for action in actions]
         ticks = sorted([*news, *ticks], key=attrgetter("moment"))
         return [*ticks, Tick(moment, {})]  # By which a day may have ended.
 

@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 import sqlalchemy as sa
 from typing_extensions import TypedDict
 
-from corporate import ACTIONS
+from corporate import ACTIONS, CorporateAction
 from database import db, snapshot
 from messages import (
     ACCOUNT_LIMIT,
@@ -28,12 +28,13 @@ from messages import (
     Time,
     iso,
     means,
+    now,
     percent,
     plain,
     rounded,
     value_of,
 )
-from models import Account, Holding, Pin, PortfolioAnswer, Run, Stretch, Trade, change_by, in_lieu
+from models import BY_ITSELF, Account, Holding, Pin, PortfolioAnswer, Run, Stretch, Trade, change_by, in_lieu
 from orders import PlacedOrder
 
 # ----------------------------------------------------------------------------------------- Answers
@@ -167,6 +168,8 @@ def curve_of(cash: Decimal, steps: Iterable[Step]) -> Iterator[Mark]:
         unsaid = mark if is_action else None
         if not is_action:
             yield mark
+    if unsaid:
+        yield unsaid
 
 
 def last_of_days(curve: Iterable[Mark]) -> list[Mark]:
@@ -274,6 +277,7 @@ class Books:
     stretches: dict[int, list[sa.Row]]
     pins: Sequence[sa.Row]
     orders: Sequence[PlacedOrder]
+    actions: dict[str, CorporateAction]
 
     @classmethod
     def of(cls, user_id: int) -> "Books":
@@ -291,7 +295,8 @@ class Books:
             pins = Pin.of(user_id)
             own_orders = sa.select(PlacedOrder).filter_by(user_id=user_id).order_by(PlacedOrder.id)
             orders = db.session.scalars(own_orders).all()
-        return cls(account, holdings, runs | {account.run: account}, trades, stretches, pins, orders)
+            actions = {f"{BY_ITSELF} {action.number}": action for action in CorporateAction.after(0)}
+        return cls(account, holdings, runs | {account.run: account}, trades, stretches, pins, orders, actions)
 
     def audit(self, has_asked: Callable[[sa.Row, Sequence[sa.Row]], bool]) -> AuditAnswer:
         """Replay the trades from the start and compare: every balance, holding and cost, and every order.
@@ -319,6 +324,8 @@ class Books:
                 trade = Trade(**row._asdict())
                 holding = held.setdefault(trade.ticker, Holding.none(trade.user_id, trade.ticker))
                 compare(f"Trade {row.id}: total_amount", row.total_amount, total_of(trade))
+                if trade.trade_type in ACTIONS and not self.is_due(trade, holding):
+                    differences.append(f"Trade {row.id} is a {trade.trade_type} that nobody has told.")
                 try:
                     {"buy": account.buy, "sell": account.sell}.get(trade.trade_type, account.receive)(
                         trade, holding
@@ -337,6 +344,13 @@ class Books:
         differences += self.wrong_orders(has_asked)
         count = sum(map(len, self.trades.values()))
         return {"ok": not differences, "trades": count, "differences": differences}
+
+    def is_due(self, trade: Trade, holding: Holding) -> bool:
+        """Whether a split or dividend is as it was published; a recorded one is for no more than is held."""
+        if trade.price_source == "sample":
+            return trade.quantity <= holding.quantity
+        told = self.actions.get(trade.idempotency_key)
+        return told is not None and trade.same_as(Trade.of_action(trade, told, trade.quantity, now()))
 
     def wrong_orders(self, has_asked) -> Iterator[str]:
         """A sentence for each order that is not in one state, was filled when it was not due, or holds back

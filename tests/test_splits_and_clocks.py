@@ -96,13 +96,13 @@ def test_of_two_splits_of_which_the_earlier_comes_late_both_count(program, new_d
         copied = {"GUNICORN_CMD_ARGS": f"--chdir {program}"}
         with Server(url, workers=1, **yahoo.environment, **copied, **settings) as server:
             alice = server.trader()
-            yahoo.yahoo("TWICE", "1000", seen=str(int((moment - 3 * hour).timestamp())))
+            yahoo.yahoo("TWICE", "1000", seen=str(int((moment - 96 * hour).timestamp())))
             alice.buys(10, "TWICE")
             yahoo.split("TWICE", moment - hour, 10)
             yahoo.yahoo("TWICE", "50")  # All of it is in the price.
             time.sleep(1.1)
             assert alice.holdings["TWICE"][0] == 100
-            yahoo.split("TWICE", moment - 2 * hour, 2)
+            yahoo.split("TWICE", moment - 48 * hour, 2)
             time.sleep(1.1)
             assert alice.holdings["TWICE"][0] == 200
 

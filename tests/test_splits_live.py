@@ -11,6 +11,7 @@ from decimal import Decimal
 
 import pytest
 from cast import Database, Server
+from sqlalchemy import inspect
 from standins import MarketStandIn
 
 HOLD_SECONDS = 1
@@ -164,6 +165,54 @@ def test_a_late_split_takes_no_more_than_there_is(alice, yahoo, ticker):
     later()
     assert alice.holdings[ticker][0] == Decimal("2.5")
     assert alice.audit()["ok"]
+
+
+def test_sales_for_which_a_late_split_leaves_no_shares_are_canceled(alice, yahoo, ticker):
+    yahoo.yahoo(ticker, "10", seen=seen(ago(hours=3)))
+    alice.buys(80, ticker)
+    yahoo.yahoo(ticker, "80")
+    later()
+    promised = [alice.rests("sell", quantity, ticker, limit_price=900) for quantity in (8, 2, 60)]
+    yahoo.split(ticker, ago(hours=2), 1, 8)
+    later()
+    assert [alice.finds(order)["status"] for order in promised] == ["open", "open", "canceled"]
+    assert alice.finds(promised[2])["reason"] == "A split of 1:8 has left too few shares."
+    assert alice.portfolio["holdings"][0]["available_quantity"] == 0
+    assert alice.audit()["ok"]
+
+
+def test_a_split_that_is_told_twice_is_one(alice, yahoo, ticker):
+    yahoo.yahoo(ticker, "100", seen=seen(ago(hours=2)))
+    alice.buys(10, ticker)
+    hour_ago = ago(hours=1)
+    yahoo.split(ticker, hour_ago, 2)
+    yahoo.split(ticker, hour_ago.replace(second=(hour_ago.second + 1) % 60), 2)
+    yahoo.yahoo(ticker, "50")
+    later()
+    assert alice.holdings[ticker][0] == 20
+
+
+def test_the_audit_finds_a_dividend_that_nobody_has_told(alice, live, yahoo, ticker):
+    yahoo.yahoo(ticker, "100", seen=seen(ago(hours=2)))
+    alice.buys(10, ticker)
+    yahoo.dividend(ticker, ago(hours=1), 0.5)
+    later()
+    assert alice.portfolio["cash_balance"] == 99_005
+    assert alice.audit()["ok"]
+    database = Database(live.database_url)
+    names = [c["name"] for c in inspect(database.engine).get_columns("ibkr_trades") if c["name"] != "id"]
+    again = {"idempotency_key": "'forged'", "cash_after": "cash_after + total_amount"}
+    values = ", ".join(again.get(name, name) for name in names)
+    database.run(
+        f"INSERT INTO ibkr_trades ({', '.join(names)}) SELECT {values} FROM ibkr_trades "
+        f"WHERE user_id = {alice.user_id} AND trade_type = 'dividend'"
+    )
+    paid = (
+        f"SELECT MAX(cash_after) FROM ibkr_trades WHERE user_id = {alice.user_id} AND trade_type = 'dividend'"
+    )
+    database.run(f"UPDATE ibkr_balances SET cash_balance = ({paid}) WHERE user_id = {alice.user_id}")
+    (difference,) = alice.audit()["differences"]
+    assert difference.endswith("is a dividend that nobody has told.")
 
 
 def test_what_yahoo_corrects_afterwards_is_logged_and_stays_as_it_was_booked(alice, live, yahoo, ticker):

@@ -73,8 +73,8 @@ def downgrade():
     if op.get_bind().scalar(sa.text(f"SELECT EXISTS (SELECT 1 FROM {of_new_kinds})")):
         if "lose-data" not in context.get_x_argument():
             raise CommandError(
-                "This would lose splits, dividends and corrections in ibkr_trades. Nothing was changed; "
-                "to lose them, say `-x lose-data`."
+                "This would lose splits, dividends and corrections in ibkr_trades, without which the books "
+                "no longer add up. Nothing was changed; to lose them, say `-x lose-data`."
             )
         forget(of_new_kinds)
     if not on_sqlite():
