@@ -8,9 +8,9 @@ from cast import ROOT, Server, exact
 
 
 @pytest.fixture(scope="module")
-def server(new_database):
-    """As a newcomer has it: the recorded year pays its dividends."""
-    with Server(new_database().migrate().url, CORPORATE_ACTIONS="") as server:
+def server(new_database_on):
+    """As a newcomer has it: SQLite, and the recorded year pays its dividends."""
+    with Server(new_database_on("sqlite").migrate().url, CORPORATE_ACTIONS="") as server:
         yield server
 
 
