@@ -589,3 +589,14 @@ def test_what_became_of_a_trade_is_unknown_when_all_has_changed_before_it_is_loo
     assert (answer.status_code, json.loads(answer.text)["code"]) == (503, "outcome_unknown")
     assert len(alice.get("/api/v1/trades", run=1)["trades"]) == 1
     assert alice.audit() == {"ok": True, "trades": 1, "differences": []}
+
+
+def test_a_market_of_ones_own_has_books_of_its_own(program, tmp_path):
+    (tmp_path / "my market.csv").write_text("timestamp,ticker,price\n2024-03-01,XYZ,5\n")
+    settings = {"DATABASE_URL": "", "SAMPLE_MARKET": tmp_path / "my market.csv"}
+    server = Server("", command=[sys.executable, "app.py"], **settings)
+    server.folder = program
+    with server:
+        assert f"{server.url}/api/v1/price/XYZ" in server.log()  # A ticker that there is.
+    assert (program / "instance" / "sample-my-market.db").exists()
+    assert not (program / "instance" / "sample.db").exists()

@@ -156,6 +156,15 @@ def test_an_account_that_was_left_for_days_has_all_that_its_clock_has_passed(ali
     assert alice.audit()["ok"]
 
 
+def test_a_correction_comes_after_all_that_the_clock_has_passed(alice):
+    alice.ask("PUT", "/api/v1/market/clock", json={"at": None})
+    alice.buys(1, "XYZ")
+    set_back(alice, 3 * 24 * 60)
+    booked = corrects(alice, ticker="XYZ", cash="1", reason="a present").json()
+    trades = [trade for trade in alice.trades if int(trade["id"]) > int(booked["id"])]
+    assert len(trades) <= 2  # The minute may have turned.
+
+
 def test_a_dividend_makes_no_dip_in_the_curve_where_its_ticker_is_pinned(alice):
     """Its mark is valued at the bar's close, the marks before and after it at the pin."""
     alice.goes_to(day(6))

@@ -347,7 +347,8 @@ def test_what_cannot_be_is_left_out_and_logged_and_takes_nothing_from_the_price(
 def test_without_corporate_actions_none_is_booked(program, yahoo, new_database_on, ticker):
     settings = {"PRICE_SOURCES": "yahoo", "PRICE_CACHE_SECONDS": HOLD_SECONDS, "CORPORATE_ACTIONS": "off"}
     copied = {"GUNICORN_CMD_ARGS": f"--chdir {program}"}
-    with Server(new_database_on("sqlite").migrate().url, **yahoo.environment, **copied, **settings) as server:
+    database = new_database_on("sqlite").migrate()
+    with Server(database.url, **yahoo.environment, **copied, **settings) as server:
         alice = server.trader()
         assert alice.get("/api/v1/rules")["corporate_actions"] is False
         yahoo.yahoo(ticker, "100", seen=seen(ago(hours=2)))
@@ -356,3 +357,4 @@ def test_without_corporate_actions_none_is_booked(program, yahoo, new_database_o
         yahoo.yahoo(ticker, "50")
         later()
         assert alice.holdings[ticker] == (10, 1000)
+    assert database.run("SELECT * FROM ibkr_corporate_actions") == []  # Nor will be, once it is on.
