@@ -201,9 +201,18 @@ def error(code: str, status: int, detail: str, members: dict) -> tuple[dict, int
 # Who asks, and where.
 
 
-def tidied(path: str) -> str:
-    """`path` without the slash too many that a URL with one at its end brings: `/alpaca//v2/orders`."""
-    return PREFIX + path.lstrip("/")[7:].lstrip("/") if path.startswith("/alpaca//") else path
+def tidied(wsgi_app: Callable) -> Callable:
+    """`wsgi_app`, with URLs without the slash too many that a base with one at its end brings:
+    `/alpaca//v2/orders`.
+    """
+
+    def tidying(environ: dict, start_response):
+        path = environ["PATH_INFO"]
+        if path.startswith("/alpaca//"):
+            environ["PATH_INFO"] = PREFIX + path.lstrip("/")[7:].lstrip("/")
+        return wsgi_app(environ, start_response)
+
+    return tidying
 
 
 def sent_key() -> str:
@@ -437,7 +446,7 @@ def activity_out(trade: Trade) -> dict:
         "date": trade.created_at.date().isoformat(),
         "net_amount": text(trade.total_amount),
         "symbol": symbol_of(trade.ticker),
-        "qty": text(trade.quantity if trade.trade_type == "dividend" else trade.change),
+        "qty": text(trade.quantity if trade.trade_type == "dividend" else trade.change()),
         "per_share_amount": text(trade.price) if trade.trade_type == "dividend" else None,
         "description": trade.reason or trade.ratio or "",
         "status": "executed",
@@ -596,7 +605,8 @@ class OrderAsked(Asked):
 def order_key(sent: str | None) -> str:
     """The key under which an order is placed once; only one that the client knows makes it safe to repeat."""
     g.is_repeatable = sent is not None
-    return sent or g.setdefault("own_key", str(uuid4()))
+    g.order_key = sent or g.get("order_key") or str(uuid4())
+    return g.order_key
 
 
 @face.post("/v2/orders")
@@ -844,6 +854,7 @@ class CloseAllAsked(Asked):
 @takes(query=CloseAllAsked)
 def close_positions(asked: CloseAllAsked) -> tuple[list[dict], int]:
     """Sell all that you hold, at the market; each position says what came of it."""
+    order_key(None)  # A try that is lost while orders are canceled is made again as well.
     if asked.cancel_orders:
         broker.cancel()
     if "closing" not in g:

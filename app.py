@@ -4,7 +4,7 @@
     Errors            every answer that is not a success, as problem+json
     Who asks          whose key a request carries
     Routes            the API; `trade` and `execute` are the heart of the program, start reading there
-    Commands          what `flask user` and `python app.py` do
+    Commands          what `flask settle` and `python app.py` do; the others are in `commands.py`
 
 A request comes in through `Gate`, `Simulator.dispatch_request` (which may try it again), `admit` and the
 decorators of its route. What an account may do with its money is in `models.py`, how an order waits in
@@ -14,50 +14,51 @@ that were written for Alpaca find its routes in `alpaca_face.py`, in front of th
 TradingView's says is in `tradingview.py`.
 """
 
-import csv
 import hmac
-import io
 import logging
 import os
-import platform
 import random
 import re
-import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import cache, partial, wraps
-from json.encoder import encode_basestring_ascii as quoted
-from secrets import token_hex
 from typing import Annotated, Literal, get_args
 
 import click
 import flask_swagger_ui
-import psutil
 import sqlalchemy as sa
-from flask import Blueprint, Flask, Response, g, request, stream_with_context
-from flask.cli import AppGroup
+from flask import Blueprint, Flask, Response, g, request
 from flask_migrate import Migrate, upgrade
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import IntegerConverter
-from werkzeug.serving import WSGIRequestHandler, make_server
 
 import alpaca_face
 import openapi
 import public
 import tradingview
-from database import OutcomeUnknown, db, is_read_only, transaction, use_database
+from commands import commands, serve
+from database import (
+    OutcomeUnknown,
+    database_health,
+    db,
+    is_read_only,
+    log_once_committed,
+    lost_a_race,
+    transaction,
+    use_database,
+)
 from messages import (
     ACCOUNT_LIMIT,
+    CODE,
     ORDER_LIMIT,
     REHEARSED,
+    SENTENCES,
+    STATUS,
     Advance,
     BalanceAnswer,
     BarOptions,
@@ -66,7 +67,6 @@ from messages import (
     Clock,
     ClosedAccount,
     Correction,
-    DatabaseHealth,
     ExactJSON,
     Filters,
     HealthAnswer,
@@ -85,17 +85,15 @@ from messages import (
     PathTicker,
     PinnedPrice,
     Refused,
-    RequestsAnswer,
     Reset,
     Resolution,
     RulesAnswer,
     RunAnswer,
     TradeOptions,
-    checked,
+    csv_answer,
     invalid,
     iso,
     now,
-    plain,
     refuses,
     takes,
     unauthorized,
@@ -122,14 +120,12 @@ from pricing import (
     SAMPLE_FILE,
     AlphaVantage,
     LiveMarket,
-    NoSuchTicker,
     SampleMarket,
-    SourceFailed,
     Yahoo,
     no_such_ticker,
     yahoo_is_reachable,
 )
-from recorded import ONE, BadFile, Bar, ticker_from, written
+from recorded import BadFile
 from results import AuditAnswer, Books, HistoryAnswer
 from settings import read_settings
 from tradingview import Alert
@@ -138,31 +134,7 @@ VERSION = "1.0.0"
 
 # --------------------------------------------------------------------------------------------- App
 
-# One line a request, which says what a trade has booked, and one a failed source.
-request_id: ContextVar[str] = ContextVar("request_id", default="")
-
-
-def with_request_id(line: logging.LogRecord) -> bool:
-    """Put the request's id on a line of the log, in whatever thread it is written."""
-    line.request_id = request_id.get() and f" [{request_id.get()}]"
-    return True
-
-
-def before_query(text: str) -> str:
-    """`text` up to a URL's query, in which somebody may have put a key."""
-    return text.partition("?")[0]
-
-
-def without_query(line: logging.LogRecord) -> bool:
-    """Cut a line short in which a web server quotes what it cannot read, such as `GET /a b?key=...`."""
-    line.msg, line.args = before_query(line.getMessage()), ()
-    return True
-
-
-logging.basicConfig(level=logging.INFO, format="%(message)s%(request_id)s")
-logging.getLogger().handlers[0].addFilter(with_request_id)
-for web_server in ("gunicorn.error", "werkzeug"):
-    logging.getLogger(web_server).addFilter(without_query)
+public.log_with_request_ids()
 
 settings = read_settings()
 PRICE_SOURCES = settings.PRICE_SOURCES
@@ -187,79 +159,6 @@ counter = settings.RATELIMIT_STORAGE_URI  # Parsed into a `public.Counter`.
 ADMIN_KEY_HASH = settings.ADMIN_API_KEY and User.hash(settings.ADMIN_API_KEY)
 
 
-class Gate:
-    """Stands in front of `app`: gives each request its id and its line in the log, each answer its headers.
-
-    It speaks WSGI, where all this takes a quarter of what it took within Flask.
-    """
-
-    def __init__(self, app, origins: set[str]):
-        self.app, self.origins = app, origins
-        self.count = self.errors = 0
-        self.last = deque(maxlen=1000)  # Of the last requests, how many milliseconds they took.
-
-    def __call__(self, environ: dict, start_response):
-        started, answered = time.perf_counter(), "500"
-        environ["PATH_INFO"] = alpaca_face.tidied(environ["PATH_INFO"])
-        sent = environ.get("HTTP_X_REQUEST_ID")
-        is_safe_to_log = sent and re.fullmatch("[A-Za-z0-9._:/+=@-]{1,128}", sent)
-        own_id = sent if is_safe_to_log else token_hex(16)
-        request_id.set(own_id)
-        origin = self.origins and self.welcome_origin(environ)
-
-        def start(status: str, headers: list, *failure):
-            nonlocal answered
-            answered = status[:3]
-            headers = [*headers, *public.CAREFUL, *environ.get("broker.limit", ()), ("X-Request-Id", own_id)]
-            if environ["PATH_INFO"].startswith(("/api/", alpaca_face.PREFIX)):
-                headers.append(public.NOT_TO_KEEP)
-            else:  # What is served from a file has a date of its own, beside the web server's.
-                headers = [header for header in headers if header[0] != "Date"]
-            if all(name != "Content-Security-Policy" for name, _ in headers):  # A page brings its own.
-                headers.append(public.NO_SOURCES)
-            if "https" in (environ["wsgi.url_scheme"], environ.get("HTTP_X_FORWARDED_PROTO")):
-                headers.append(
-                    public.STAY_WITH_HTTPS
-                )  # To forge that gains nothing: over HTTP browsers ignore it.
-            if self.origins:
-                headers.append(("Vary", "Origin"))
-            if origin:
-                headers += [("Access-Control-Allow-Origin", origin), public.EXPOSED]
-            return start_response(status, headers, *failure)
-
-        is_preflight = (
-            environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
-        )
-        try:
-            if origin and is_preflight:
-                start(
-                    "204 No Content", public.ALLOWED
-                )  # A browser asks, without a key, whether its page may ask.
-                return []
-            return self.app(environ, start)
-        finally:
-            milliseconds = (time.perf_counter() - started) * 1000
-            self.count += 1
-            self.errors += answered >= "500"
-            self.last.append(milliseconds)
-            path = before_query(environ["PATH_INFO"])  # Where a `?` can stand as well: sent as %3F.
-            asked = f"{environ['REQUEST_METHOD']} {path} {environ['SERVER_PROTOCOL']}"
-            address, booked = environ.get("REMOTE_ADDR"), environ.get("broker.booked", "")
-            app.logger.info("%s %s %s %.1f ms%s", address, quoted(asked), answered, milliseconds, booked)
-
-    def welcome_origin(self, environ: dict) -> str | None:
-        """The origin whose page may read the answer; `*` can be all of them, as the key is no cookie."""
-        sent = environ.get("HTTP_ORIGIN")
-        return next((origin for origin in ("*", sent) if origin in self.origins), None)
-
-    def health(self) -> RequestsAnswer:
-        last = sorted(self.last.copy()) or [0.0]
-        percentiles = {
-            f"p{p}": round(last[min(len(last) * p // 100, len(last) - 1)], 2) for p in (50, 95, 99)
-        }
-        return {"count": self.count, "errors": self.errors, "latency_ms": percentiles}
-
-
 class Simulator(Flask):
     """Flask, with one addition: a request that met a passing fault of the database is tried again."""
 
@@ -279,11 +178,8 @@ class Simulator(Flask):
         deadline = time.monotonic() + self.SECONDS
         for attempt in range(1, self.TRIES + 1):
             try:
-                g.pop("filled", None)
                 admit()
-                answer = super().dispatch_request()
-                log_fills()
-                return answer
+                return super().dispatch_request()
             except Refused as refusal:
                 if unknown:  # What was not known then is not known by a refusal now.
                     raise unknown from refusal
@@ -298,12 +194,6 @@ class Simulator(Flask):
                 time.sleep(random.uniform(0.5, 1) * 0.05 * 2**attempt)
 
 
-REPEATABLE = ("trade", "trade_on_alert", "place_order", "replace_order", "correct")
-REPEATABLE += ("alpaca.place_order", "alpaca.replace_order", "alpaca.close_position")
-REPEATABLE += ("alpaca.close_positions",)
-"""They look up first whether their key has been used."""
-
-
 class AsciiNumber(IntegerConverter):
     regex = "[0-9]+"  # Python's digits are those of all scripts.
 
@@ -313,28 +203,22 @@ def is_passing(error: Exception) -> bool:
     if isinstance(error, sa.exc.TimeoutError):
         return False
     if isinstance(error, OutcomeUnknown):
-        # A trade looks its key up first; nothing else that writes has one.
-        return request.method in ("GET", "HEAD") or request.endpoint in REPEATABLE
-    if isinstance(error, QuoteExpired):
-        return True
-    serialization_failure, deadlock, lock_timeout = "40001", "40P01", "55P03"
-    return error.connection_invalidated or getattr(error.orig, "pgcode", None) in (
-        serialization_failure,
-        deadlock,
-        lock_timeout,
-    )
+        # What is booked under a key looks that up first; nothing else that writes has one.
+        return request.method in ("GET", "HEAD") or "order_key" in g
+    return isinstance(error, QuoteExpired) or lost_a_race(error)
 
 
 app = Simulator("app")  # By name: `instance/` is then beside this file, wherever it is started from.
 app.json = ExactJSON(app)
-app.wsgi_app = gate = Gate(app.wsgi_app, settings.CORS_ORIGINS or set())
+app.wsgi_app = gate = public.Gate(
+    alpaca_face.tidied(app.wsgi_app), settings.CORS_ORIGINS or set(), app.logger
+)
 app.url_map.converters["int"] = AsciiNumber
 app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
+app.config["STARTING_CASH"] = settings.STARTING_CASH
 use_database(app, DATABASE_URL)
 Migrate(app, db, os.path.join(app.root_path, "migrations"))  # Its own default is below the working folder.
-
-YAHOO_FOLDER = os.path.join(app.instance_path, "yfinance")
 
 if PRICE_SOURCES == ["sample"]:
     try:
@@ -342,7 +226,7 @@ if PRICE_SOURCES == ["sample"]:
     except (BadFile, OSError) as error:
         raise SystemExit(f"SAMPLE_MARKET cannot be used: {error}") from None
 else:
-    sources = {"yahoo": Yahoo(YAHOO_FOLDER)}
+    sources = {"yahoo": Yahoo(app.instance_path)}
     if settings.ALPHAVANTAGE_API_KEY:
         sources["alphavantage"] = AlphaVantage(settings.ALPHAVANTAGE_API_KEY)
     market = LiveMarket(
@@ -356,47 +240,6 @@ else:
         sys.exit("PRICE_SOURCES=alphavantage cannot be used without ALPHAVANTAGE_API_KEY.")
 
 # ------------------------------------------------------------------------------------------ Errors
-
-STATUS = {
-    "invalid_json": 400,
-    "invalid_request": 400,
-    "unauthorized": 401,
-    "forbidden": 403,
-    "unknown_ticker": 404,
-    "not_found": 404,
-    "method_not_allowed": 405,
-    "already_exists": 409,
-    "price_below_market": 409,
-    "price_above_market": 409,
-    "insufficient_funds": 409,
-    "insufficient_shares": 409,
-    "unsupported_currency": 409,
-    "unsupported_price": 409,
-    "stale_price": 409,
-    "limit_exceeded": 409,
-    "market_is_live": 409,
-    "clock_is_running": 409,
-    "not_open": 409,
-    "not_replaceable": 409,
-    "too_large": 413,
-    "unsupported_media_type": 415,
-    "idempotency_key_reused": 422,
-    "rate_limited": 429,
-    "internal_error": 500,
-    "price_unavailable": 503,
-    "database_unavailable": 503,
-    "outcome_unknown": 503,
-}
-"""Every `code` that an answer can carry, and its status."""
-
-SENTENCES = {
-    "not_found": "There is nothing at this path.",
-    "method_not_allowed": "This path does not answer this method; `Allow` names those it does.",
-    "too_large": "A request's body has 64 KiB at the most.",
-    "internal_error": "The server met a fault of its own; it is in its log.",
-}
-
-CODE = {status: code for code, status in STATUS.items()} | {400: "invalid_request", 404: "not_found"}
 
 
 def problem(code: str, detail: str, **members) -> Response:
@@ -518,7 +361,6 @@ def up_to_date(account: Account, key_hash: str) -> Account:
             if account.settled_at or not is_read_only(error):
                 raise
             return account
-    log_fills()
     return Account.with_key(key_hash) or account
 
 
@@ -548,15 +390,10 @@ def catch_up(account: Account, moment: datetime | None = None) -> None:
 def show(account: Account, ticks: Iterable[Tick], moment: datetime) -> list[Trade]:
     """Show `ticks` to its open orders and its holdings; answers the trades that come of it."""
     trades = account.settle(ticks, market.day, COSTS, moment)
-    g.filled = [*g.get("filled", ()), *trades]
-    return trades
-
-
-def log_fills() -> None:
-    """One line for each trade that open orders, splits and dividends brought, once it is committed."""
-    for trade in g.pop("filled", ()):
+    for trade in trades:
         why = f"order {trade.order_id} is filled by " if trade.order_id else ""
-        app.logger.info("%s%s", why, trade)
+        log_once_committed(f"{why}{trade}")
+    return trades
 
 
 @cache
@@ -574,25 +411,13 @@ def need_sample_market() -> None:
         raise Refused("market_is_live", "Only the sample market can be controlled: PRICE_SOURCES=sample.")
 
 
-def market_of(account: Account) -> MarketAnswer:
-    return {
-        "source": market.name,
-        "clock": "manual" if account.market_clock else "wall",
-        "now": market.time(account),
-        "first_bar": market.bars[0],
-        "last_bar": market.bars[-1],
-        "tickers": list(market.series),
-        "pins": account.pins,
-    }
-
-
 @app.get("/api/v1/market")
 @takes()
 @refuses("market_is_live")
 def market_state() -> MarketAnswer:
     """Your sample market: its clock, its recorded time, its tickers and the prices that you pinned."""
     need_sample_market()
-    return market_of(g.account)
+    return market.state(g.account)
 
 
 @app.put("/api/v1/market/clock")
@@ -615,7 +440,7 @@ def set_clock(clock: Clock) -> MarketAnswer:
         account.stop_clock(at and market.bar_at(at))
         landed = now()
         show(account, market.landing(account, landed, left), landed)
-        return market_of(account)  # Read before it is committed: so it is safe to repeat.
+        return market.state(account)  # Read before it is committed: so it is safe to repeat.
 
 
 @app.post("/api/v1/market/advance")
@@ -643,7 +468,7 @@ def advance(step: Advance) -> AdvanceAnswer:
         prices = {ticker: quote.price for ticker, quote in market.quotes(tickers, account).items()}
         told = {"fills": [trade.to_dict() for trade in fills]}
         told |= {"prices": prices} if step.tickers else {}
-        return market_of(account) | told  # Read before it is committed: so it is safe to repeat.
+        return market.state(account) | told  # Read before it is committed: so it is safe to repeat.
 
 
 @app.put("/api/v1/market/prices/<path:ticker>")
@@ -671,11 +496,11 @@ def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
     with transaction(g.user_id):
         account = locked(g.user_id, g.key_hash)
         if price is None and ticker not in account.pins:
-            return market_of(account)  # Nothing is let go, and so it is no new price.
+            return market.state(account)  # Nothing is let go, and so it is no new price.
         account.pin(ticker, price)
         if account.orders:  # Until when they have seen the other prices does not change.
             show(account, market.pinned(account, ticker, account.settled_at), account.settled_at)
-        return market_of(account)  # Read before it is committed: so it is safe to repeat.
+        return market.state(account)  # Read before it is committed: so it is safe to repeat.
 
 
 FAULT = "X-Simulate-Fault"
@@ -841,8 +666,6 @@ def execute(order: Order, order_key: str, dry_run: bool = False) -> TradeAnswer:
 
     with transaction(g.user_id, keep=not dry_run):
         account = locked(g.user_id, g.key_hash, order.ticker, order_key)
-        if dry_run:
-            g.pop("filled", None)  # It is undone with the rest.
         if earlier := earlier_under_key(account):  # Its first answer needs no price.
             answer, headers = replay(earlier, earlier.is_for(order), type(earlier).to_dict)
             return answer | (REHEARSED if dry_run else {}), headers
@@ -900,17 +723,22 @@ def trades(page: Page) -> TradesAnswer:
 
     Follow `next_cursor` until it is `null`: nothing is skipped or repeated, whoever trades meanwhile.
     """
+    shown, next_cursor = page_of(Trade, page)
+    return {"trades": shown, "next_cursor": next_cursor}
+
+
+def page_of(kind: type[Trade] | type[PlacedOrder], page: Page | OrderPage) -> tuple[list[dict], str | None]:
+    """Those of yours on a `page`, the newest first, and the cursor of the next one."""
+    run = page.run or g.account.run
     if page.cursor:
-        last = Trade.of(g.user_id, page.cursor)
-        if last is None:
+        last = db.session.get(kind, page.cursor)
+        if last is None or last.user_id != g.user_id:
             raise invalid([{"field": "cursor", "message": "must be the `next_cursor` of a page of yours"}])
-        page.run = page.run or last.run  # The run that the first page was of, if a new one began since.
-    found = Trade.page(g.user_id, **page.model_dump(exclude={"limit"}), limit=page.limit + 1)
-    shown = found[: page.limit]
-    return {
-        "trades": [trade.to_dict() for trade in shown],
-        "next_cursor": str(shown[-1].id) if len(found) > page.limit else None,
-    }
+        run = page.run or last.run  # The run that the first page was of, if a new one began since.
+    chosen = page.model_dump(exclude={"limit"}) | {"run": run}
+    found = kind.page(g.user_id, **chosen, limit=page.limit + 1)
+    next_cursor = str(found[-2].id) if len(found) > page.limit else None
+    return [one.to_dict() for one in found[: page.limit]], next_cursor
 
 
 CSV_COLUMNS = ["id", "run", "timestamp"]
@@ -921,35 +749,8 @@ CSV_COLUMNS += [n for n in TradeAnswer.__annotations__ if n not in (*CSV_COLUMNS
 @takes(query=Filters)
 def trades_csv(filters: Filters) -> Annotated[Response, "text/csv"]:
     """All your trades that pass the filters, newest first, as CSV."""
-    chosen = filters.model_dump()
-    chosen["run"] = chosen["run"] or g.account.run  # One run from end to end.
-
+    chosen = filters.model_dump() | {"run": filters.run or g.account.run}  # One run from end to end.
     return csv_answer("trades.csv", CSV_COLUMNS, partial(Trade.page, g.user_id, **chosen))
-
-
-def csv_answer(name: str, columns: list[str], page: Callable) -> Response:
-    """All rows that `page(cursor=, limit=)` answers, a thousand at a time."""
-
-    def lines() -> Iterator[str]:
-        cursor = None
-        yield ",".join(columns) + "\r\n"
-        while found := page(cursor=cursor, limit=1000):
-            text = io.StringIO()
-            csv.writer(text).writerows(csv_row(row.to_dict(), columns) for row in found)
-            yield text.getvalue()
-            cursor = found[-1].id
-
-    return Response(
-        stream_with_context(lines()),
-        content_type="text/csv; charset=utf-8",
-        headers={"Content-Disposition": f"attachment; filename={name}"},
-    )
-
-
-def csv_row(shown: dict, columns: list[str]) -> list[str]:
-    """A line of CSV, its numbers and times written as in JSON."""
-    write = {Decimal: plain, datetime: iso}
-    return [write.get(type(shown[name]), lambda value: value)(shown[name]) for name in columns]
 
 
 @app.get("/api/v1/trades/<id>")
@@ -1079,19 +880,8 @@ def cancel_orders() -> CanceledAnswer:
 @takes(query=OrderPage)
 def orders(page: OrderPage) -> OrdersAnswer:
     """Your orders of a run, newest first, a page at a time; those that are open, if you ask no others."""
-    run = page.run or g.account.run
-    if page.cursor:
-        last = db.session.get(PlacedOrder, page.cursor)
-        if last is None or last.user_id != g.user_id:
-            raise invalid([{"field": "cursor", "message": "must be the `next_cursor` of a page of yours"}])
-        run = page.run or last.run  # The run that the first page was of, if a new one began since.
-    chosen = page.model_dump(exclude={"limit"}) | {"run": run}
-    found = PlacedOrder.page(g.user_id, **chosen, limit=page.limit + 1)
-    shown = found[: page.limit]
-    return {
-        "orders": [order.to_dict() for order in shown],
-        "next_cursor": str(shown[-1].id) if len(found) > page.limit else None,
-    }
+    shown, next_cursor = page_of(PlacedOrder, page)
+    return {"orders": shown, "next_cursor": next_cursor}
 
 
 @app.get("/api/v1/orders.csv")
@@ -1292,11 +1082,7 @@ def docs() -> Annotated[Response, "text/html"]:
 def page(file: str) -> Response:
     """One of our pages, which the browser lets speak to this server alone."""
     response = app.send_static_file(file)
-    response.headers["Cache-Control"] = "no-cache"
-    response.headers["Content-Security-Policy"] = (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    response.headers.update(public.OWN_PAGE)
     return response
 
 
@@ -1309,14 +1095,14 @@ app.register_blueprint(Blueprint("docs", "app", static_folder=swagger_ui, static
 @cache
 def openapi_json() -> dict:
     """This API as an OpenAPI 3.1 document, made from the program itself."""
-    return openapi.Document(app, VERSION, STATUS).document
+    return openapi.Document(app, VERSION).document
 
 
 @app.get("/alpaca/openapi.json")
 @cache
 def alpaca_openapi_json() -> dict:
     """What of Alpaca's API is served here, as an OpenAPI 3.1 document."""
-    return openapi.AlpacaDocument(app, VERSION, STATUS).document
+    return openapi.AlpacaDocument(app, VERSION).document
 
 
 # For bots that were written for Alpaca: the same books in its words.
@@ -1324,6 +1110,7 @@ app.extensions["broker"] = alpaca_face.Broker(
     market, drillable(place), replace, cancel, history, at_the_market
 )
 app.register_blueprint(alpaca_face.face, url_prefix=alpaca_face.PREFIX)
+app.register_blueprint(commands)
 
 
 @app.get("/health")
@@ -1334,131 +1121,21 @@ def health() -> tuple[HealthAnswer, Literal[200, 503]]:
     """
     database = database_health()
     healthy = database["status"] == "healthy"
-    memory, started = psutil.virtual_memory(), process_started(os.getpid())
+    started = public.process_started(os.getpid())
     return {
         "status": "healthy" if healthy else "unhealthy",
         "timestamp": now(),
         "version": VERSION,
         "uptime_seconds": round((now() - started).total_seconds()),
         "process": {"pid": os.getpid(), "started_at": started},
-        "server_info": {
-            "platform": platform.system(),
-            "platform_version": platform.release(),
-            "architecture": platform.machine(),
-            "python_version": platform.python_version(),
-            "cpu_count": os.cpu_count(),
-            "memory_total_gb": round(memory.total / 2**30, 2),
-            "memory_available_gb": round(memory.available / 2**30, 2),
-            "cpu_percent": psutil.cpu_percent(),
-        },
+        "server_info": public.server_info(),
         "database": database,
         "prices": market.health(),
         "requests": gate.health(),
     }, 200 if healthy else 503
 
 
-@cache
-def process_started(pid: int) -> datetime:
-    return datetime.fromtimestamp(psutil.Process(pid).create_time(), UTC)
-
-
-pinging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ping")
-
-
-def database_health() -> DatabaseHealth:
-    """Ping the database in a thread of its own: one that hangs must not hang this answer as well."""
-
-    database = db.engine
-
-    def ping() -> float:
-        started = time.perf_counter()
-        with database.connect() as connection:
-            connection.exec_driver_sql("SELECT 1")
-        return round((time.perf_counter() - started) * 1000, 2)
-
-    engine = database.dialect.name
-    answer = pinging.submit(ping)
-    try:
-        latency = answer.result(timeout=0.5)
-    except (TimeoutError, DBAPIError, sa.exc.TimeoutError):
-        answer.cancel()  # If the ping before this one still hangs, this one is not needed either.
-        return {"status": "unhealthy", "engine": engine, "latency_ms": None}
-    return {"status": "healthy", "engine": engine, "latency_ms": latency}
-
-
 # ---------------------------------------------------------------------------------------- Commands
-
-
-class Commands(AppGroup):
-    """Commands that end with one clear line where the program says no."""
-
-    def invoke(self, context):
-        try:
-            return super().invoke(context)
-        except Refused as refusal:
-            raise click.ClickException(refusal.detail) from None
-        except DBAPIError as error:
-            raise click.ClickException(database_says(error)) from None
-
-
-def database_says(error: DBAPIError) -> str:
-    reason = str(error.orig).splitlines()[0]
-    return f"The database cannot be used (is it up to date? flask --app app db upgrade): {reason}"
-
-
-users = Commands("user", help="Open and close accounts.")
-app.cli.add_command(users)
-
-
-@users.command("add")
-@click.argument("email")
-@click.option(
-    "--cash", default=plain(settings.STARTING_CASH), show_default=True, help="Dollars to begin with."
-)
-@click.option("--key", help="The API key; without it one is made.")
-def add_user(email: str, cash: str, key: str | None):
-    """Open an account for EMAIL and print its API key, once."""
-    account = checked(NewAccount, {"email": email, "cash": cash} | ({"key": key} if key else {}))
-    user_id, key = User.open(account.email, account.cash, account.key)
-    click.echo(f"User {user_id} ({account.email}) has {plain(account.cash)} dollars.")
-    click.echo(f"API key, shown this once: {key}")
-
-
-@users.command("list")
-def list_users():
-    """List the accounts: id, email, cash, and whether it is closed."""
-    for user, cash in User.all():
-        closed = f"  closed {iso(user.closed_at)}" if user.closed_at else ""
-        click.echo(f"{user.id:>6}  {user.email:<40} {plain(cash):>20}{closed}")
-
-
-@users.command("rotate-key")
-@click.argument("email")
-def rotate_key(email: str):
-    """Give EMAIL a new API key and print it, once; the old one is refused from now on."""
-    click.echo(f"API key, shown this once: {User.rotate_key(User.id_of(email))}")
-
-
-@users.command("close")
-@click.argument("email")
-def close_user(email: str):
-    """Close the account of EMAIL: its key is refused from now on, its trades stay."""
-    User.close(User.id_of(email))
-    click.echo(f"The account of {email} is closed.")
-
-
-@app.cli.command("audit")
-def audit_all():
-    """Replay every trade of every account and compare the books to the last digit."""
-    differences = count = 0
-    for user, _ in User.all():
-        report = Books.of(user.id).audit(market.has_asked)
-        count += report["trades"]
-        differences += len(report["differences"])
-        for sentence in report["differences"]:
-            click.echo(f"User {user.id}: {sentence}")
-    click.echo(f"{count} trades replayed, {differences} differences.")
-    sys.exit(1 if differences else 0)
 
 
 @app.cli.command("settle")
@@ -1478,39 +1155,6 @@ def settle_all():
     sys.exit(1 if failures else 0)
 
 
-@app.cli.command("record")
-@click.argument("tickers", nargs=-1, required=True)
-@click.option("--period", default="1y", show_default=True, help="1mo, 6mo, 1y, 5y, max, ...")
-@click.option("--output", type=click.File("w", lazy=True), required=True, help="The CSV file to write.")
-def record(tickers: tuple[str, ...], period: str, output):
-    """Record daily bars of TICKERS from Yahoo, for SAMPLE_MARKET to replay, with their splits and dividends.
-
-    Prices are those of the day, as they were before any later split.
-    """
-    yahoo, rows, warnings = Yahoo(YAHOO_FOLDER), {}, []
-    with click.progressbar(tickers, label="Recording", item_show_func=str) as bar:
-        for text in bar:
-            try:
-                ticker = ticker_from(text)  # As the file will be read.
-                days, odd = yahoo.daily_bars(ticker, period)
-            except (ValueError, SourceFailed, NoSuchTicker) as error:
-                reason = str(error) or "Yahoo knows no such ticker"
-                raise click.ClickException(f"{text}: {reason}.") from None
-            if odd:
-                warnings.append(f"{ticker}: left out {odd} days whose close is 0 to 8 decimals, or no price.")
-            for day, bar_of_day in days.items():
-                *numbers, dividend, split = bar_of_day
-                row = ["" if number is None else plain(number) for number in numbers]
-                row += [plain(dividend) if dividend else "", written(split) if split != ONE else ""]
-                rows[f"{day}T00:00:00Z", ticker] = row
-    writer = csv.writer(output, lineterminator="\n")
-    writer.writerow(["timestamp", "ticker", *Bar._fields[1:]])
-    writer.writerows([*when_and_what, *numbers] for when_and_what, numbers in sorted(rows.items()))
-    for warning in warnings:
-        click.echo(warning, err=True)
-    click.echo(f"{len(rows)} bars are in {output.name}.")
-
-
 TEST_USER, TEST_KEY = "test@example.com", "test-api-key-123"
 
 
@@ -1527,39 +1171,14 @@ def prepare() -> None:
     claim_database()
 
 
-class Handler(WSGIRequestHandler):
-    timeout = 10  # Seconds for a client that connects and sends nothing; the end would wait for it.
-
-    def version_string(self) -> str:
-        return "simulator"  # Which versions run here is nobody's business.
-
-
-def serve() -> None:
-    """`python app.py`: prepare everything, say in one line what is served, and serve it."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    try:
-        with app.app_context():
-            prepare()
-        server = make_server(settings.HOST, settings.PORT, app, threaded=True, request_handler=Handler)
-    except Refused as refusal:
-        sys.exit(refusal.detail)
-    except DBAPIError as error:
-        sys.exit(database_says(error))
-    except OSError as error:
-        sys.exit(f"HOST={settings.HOST} PORT={settings.PORT} cannot be served: {error}")
+if __name__ == "__main__":
     url = f"http://{settings.HOST}:{settings.PORT}"
     ticker = "AAPL" if not market.is_sample or "AAPL" in market.series else next(iter(market.series))
-    print(
+    serve(
+        app,
+        settings.HOST,
+        settings.PORT,
+        prepare,
         f"Serving {', '.join(PRICE_SOURCES)} prices on {url}. Try: "
         f"curl -H 'Authorization: Bearer {TEST_KEY}' {url}/api/v1/price/{ticker}",
-        flush=True,
     )
-    server.daemon_threads = False  # So that it answers what is in flight before it ends.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):
-        server.serve_forever()
-
-
-if __name__ == "__main__":
-    serve()

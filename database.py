@@ -4,10 +4,12 @@
 How connections are prepared and watched may be read last. Nothing here knows of accounts and trades.
 """
 
+import logging
 import os
 import socket
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -23,6 +25,10 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, mapped_column
+
+from messages import DatabaseHealth
+
+log = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------- Values
 
@@ -138,6 +144,7 @@ def transaction(user_id: int | None = None, keep: bool = True):
     """
     session = db.session()
     session.close()
+    to_log = session.info["to_log"] = []
     turn = turns.setdefault(user_id if db.engine.dialect.name == "postgresql" else None, Lock())
     committing = False
     if not turn.acquire(timeout=TURN_SECONDS):
@@ -149,6 +156,8 @@ def transaction(user_id: int | None = None, keep: bool = True):
             session.flush()
             committing = True
             session.commit()
+            for line in to_log:
+                log.info(line)
     except DBAPIError as error:
         if committing and error.connection_invalidated:
             raise OutcomeUnknown from error
@@ -156,6 +165,11 @@ def transaction(user_id: int | None = None, keep: bool = True):
     finally:
         session.close()  # What was not committed is undone.
         turn.release()
+
+
+def log_once_committed(line: str) -> None:
+    """One line in the log, if the transaction that is under way is committed."""
+    db.session().info["to_log"].append(line)
 
 
 @contextmanager
@@ -278,11 +292,20 @@ def start_watching(process: int) -> None:
 READ_ONLY, NO_SUCH_NAME, NAME_IS_TAKEN, PLAN_IS_OLD = "25006", "26000", "42P05", "0A000"
 """What PostgreSQL says of itself, or of statements that were prepared."""
 
+SERIALIZATION_FAILURE, DEADLOCK, LOCK_TIMEOUT = "40001", "40P01", "55P03"
+"""And of those who want the same at once."""
+
 
 def is_unusable(error: Exception) -> bool:
     """Whether the next try has to connect anew: this one met a standby, which takes no writes, or something
     that was not prepared, for a pooler has lent us another connection or a migration has changed a table."""
     return getattr(error, "pgcode", None) in (READ_ONLY, NO_SUCH_NAME, NAME_IS_TAKEN, PLAN_IS_OLD)
+
+
+def lost_a_race(error: DBAPIError) -> bool:
+    """Whether it met another transaction or a connection that is gone: the next try may go well."""
+    lost = getattr(error.orig, "pgcode", None) in (SERIALIZATION_FAILURE, DEADLOCK, LOCK_TIMEOUT)
+    return lost or error.connection_invalidated
 
 
 def is_read_only(error: DBAPIError) -> bool:
@@ -310,3 +333,32 @@ def as_sqlalchemy_has_it(error: Exception, connection: sa.PoolProxiedConnection 
         db.engine.dispose()  # Those that wait in the pool are as old.
     kind = dialect.dbapi.Error
     return DBAPIError.instance("", None, error, kind, connection_invalidated=bool(lost), dialect=dialect)
+
+
+pinging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ping")
+
+
+def database_health() -> DatabaseHealth:
+    """Ping the database in a thread of its own: one that hangs must not hang this answer as well."""
+    database = db.engine
+
+    def ping() -> float:
+        started = time.perf_counter()
+        with database.connect() as connection:
+            connection.exec_driver_sql("SELECT 1")
+        return round((time.perf_counter() - started) * 1000, 2)
+
+    engine = database.dialect.name
+    answer = pinging.submit(ping)
+    try:
+        latency = answer.result(timeout=0.5)
+    except (TimeoutError, DBAPIError, sa.exc.TimeoutError):
+        answer.cancel()  # If the ping before this one still hangs, this one is not needed either.
+        return {"status": "unhealthy", "engine": engine, "latency_ms": None}
+    return {"status": "healthy", "engine": engine, "latency_ms": latency}
+
+
+def database_says(error: DBAPIError) -> str:
+    """The one line for whoever started the program."""
+    reason = str(error.orig).splitlines()[0]
+    return f"The database cannot be used (is it up to date? flask --app app db upgrade): {reason}"

@@ -5,15 +5,17 @@
     Checks              what a ticker, an amount, an email address may be
     Requests            what can be asked, each as one class
     Answers             the words that answers are made of; each thing's own answer stands beside it
-    JSON                read with exact digits, and written with them
+    JSON and CSV        read with exact digits, and written with them
     Reading requests    the decorator `takes`
 
 Nothing here touches the ledger or asks for a price.
 """
 
+import csv
+import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_FLOOR, ROUND_HALF_EVEN, Decimal, DefaultContext, setcontext
 from functools import wraps
@@ -21,7 +23,7 @@ from typing import Annotated, Literal, NotRequired
 from uuid import uuid4
 
 import orjson
-from flask import Response, g, request
+from flask import Response, g, request, stream_with_context
 from flask.json.provider import JSONProvider
 from pydantic import (
     AfterValidator,
@@ -123,6 +125,49 @@ def moment_from(text: str) -> datetime:
 
 
 # ---------------------------------------------------------------------------------------- Refusals
+
+
+STATUS = {
+    "invalid_json": 400,
+    "invalid_request": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "unknown_ticker": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "already_exists": 409,
+    "price_below_market": 409,
+    "price_above_market": 409,
+    "insufficient_funds": 409,
+    "insufficient_shares": 409,
+    "unsupported_currency": 409,
+    "unsupported_price": 409,
+    "stale_price": 409,
+    "limit_exceeded": 409,
+    "market_is_live": 409,
+    "clock_is_running": 409,
+    "not_open": 409,
+    "not_replaceable": 409,
+    "too_large": 413,
+    "unsupported_media_type": 415,
+    "idempotency_key_reused": 422,
+    "rate_limited": 429,
+    "internal_error": 500,
+    "price_unavailable": 503,
+    "database_unavailable": 503,
+    "outcome_unknown": 503,
+}
+"""Every `code` that an answer can carry, and its status."""
+
+SENTENCES = {
+    "not_found": "There is nothing at this path.",
+    "method_not_allowed": "This path does not answer this method; `Allow` names those it does.",
+    "too_large": "A request's body has 64 KiB at the most.",
+    "internal_error": "The server met a fault of its own; it is in its log.",
+}
+
+CODE = {status: code for code, status in STATUS.items()} | {400: "invalid_request", 404: "not_found"}
+"""What an answer of Flask's own is called."""
 
 
 class Refused(Exception):
@@ -585,6 +630,12 @@ class PinnedPrice(Asked):
 # ----------------------------------------------------------------------------------------- Answers
 
 
+def told(answer: type, thing, **otherwise) -> dict:
+    """An `answer` about `thing`: its attributes of the same names, and what is said `otherwise`."""
+    names = [name for name in answer.__annotations__ if name not in answer.__optional_keys__]
+    return {name: otherwise[name] if name in otherwise else getattr(thing, name) for name in names}
+
+
 def number(description: str, example: float):
     """An exact number in an answer. A meaning of its own is told by `means`."""
     schema = {"type": "number", "description": description, "examples": [example]}
@@ -775,7 +826,7 @@ class Problem(TypedDict):
     retry_after: NotRequired[Annotated[int, means("Seconds until it may go better")]]
 
 
-# -------------------------------------------------------------------------------------------- JSON
+# ------------------------------------------------------------------------------------ JSON and CSV
 
 
 class ExactJSON(JSONProvider):
@@ -819,6 +870,31 @@ def unique_members(pairs: list) -> dict:
     if len(members) < len(pairs):
         raise ValueError("A member appears twice.")
     return members
+
+
+def csv_answer(name: str, columns: list[str], page: Callable) -> Response:
+    """All rows that `page(cursor=, limit=)` answers, a thousand at a time."""
+
+    def lines() -> Iterator[str]:
+        cursor = None
+        yield ",".join(columns) + "\r\n"
+        while found := page(cursor=cursor, limit=1000):
+            text = io.StringIO()
+            csv.writer(text).writerows(csv_row(row.to_dict(), columns) for row in found)
+            yield text.getvalue()
+            cursor = found[-1].id
+
+    return Response(
+        stream_with_context(lines()),
+        content_type="text/csv; charset=utf-8",
+        headers={"Content-Disposition": f"attachment; filename={name}"},
+    )
+
+
+def csv_row(shown: dict, columns: list[str]) -> list[str]:
+    """A line of CSV, its numbers and times written as in JSON."""
+    write = {Decimal: plain, datetime: iso}
+    return [write.get(type(shown[name]), lambda value: value)(shown[name]) for name in columns]
 
 
 # -------------------------------------------------------------------------------- Reading requests
@@ -913,8 +989,9 @@ def idempotency_key() -> str:
     """
     key = request.headers.get(ORDER_KEY)
     if key is None:
-        return g.setdefault("own_key", f"request {uuid4()}")
+        return g.setdefault("order_key", f"request {uuid4()}")
     try:
-        return checked_order_key(key)
+        g.order_key = checked_order_key(key)
     except ValueError as error:
         raise invalid([{"field": ORDER_KEY, "message": str(error)}]) from None
+    return g.order_key

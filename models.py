@@ -75,6 +75,7 @@ from messages import (
     percent,
     plain,
     rounded,
+    told,
     unauthorized,
     upside_down,
     value_of,
@@ -192,13 +193,7 @@ class User(db.Model):
         return user
 
     def to_dict(self, cash_balance: Decimal) -> UserAnswer:
-        return {
-            "user_id": self.id,
-            "email": self.email,
-            "created_at": self.created_at,
-            "closed_at": self.closed_at,
-            "cash_balance": cash_balance,
-        }
+        return told(UserAnswer, self, user_id=self.id, cash_balance=cash_balance)
 
 
 # ---------------------------------------------------------------------------------------- Holdings
@@ -425,10 +420,12 @@ class Trade(db.Model):
         """The trade `trade_id`, if it is the user's own."""
         return db.session.scalar(sa.select(cls).filter_by(user_id=user_id, id=trade_id))
 
-    @property
-    def change(self) -> Decimal:
-        """By how much it changes its holding."""
-        return change_by(self)
+    def change(self: "Trade | sa.Row") -> Decimal:
+        """By how much it changes its holding. A split's shares are rounded down to 8 decimals."""
+        if self.trade_type == "split":
+            return times(self.quantity, ratio_from(self.ratio), ROUND_FLOOR) - self.quantity
+        signs = {"buy": 1, "sell": -1, "dividend": 0, "correction": 1}
+        return self.quantity * signs[self.trade_type]
 
     def same_as(self, other: "Trade") -> bool:
         same = ("ticker", "trade_type", "ratio", "price", "total_amount", "market_price", "market_time")
@@ -455,8 +452,6 @@ class Trade(db.Model):
         With `oldest_first` the oldest ones, with an id above it. Paging by id neither skips nor repeats
         while others trade, and the last page costs no more than the first.
         """
-        if run is None:
-            run = sa.select(Account.run).filter_by(user_id=user_id).scalar_subquery()
         trades = sa.select(cls).where(cls.user_id == user_id, cls.run == run)
         if cursor:
             trades = trades.where(cls.id > cursor if oldest_first else cls.id < cursor)
@@ -472,34 +467,8 @@ class Trade(db.Model):
         return db.session.scalars(trades.order_by(order).limit(limit)).all()
 
     def to_dict(self) -> TradeAnswer:
-        return {
-            "id": self.id and str(self.id),
-            "user_id": self.user_id,
-            "ticker": self.ticker,
-            "trade_type": self.trade_type,
-            "quantity": self.quantity,
-            "price": self.price,
-            "total_amount": self.total_amount,
-            "commission": self.commission,
-            "realized_pnl": self.realized_pnl,
-            "cash_balance": self.cash_after,
-            "market_price": self.market_price,
-            "price_source": self.price_source,
-            "timestamp": self.created_at,
-            "market_time": self.market_time,
-            "run": self.run,
-            "order_id": self.order_id and str(self.order_id),
-            "ratio": self.ratio,
-            "reason": self.reason,
-        }
-
-
-def change_by(trade: Trade | sa.Row) -> Decimal:
-    """By how much a trade changes its holding. A split's shares are rounded down to 8 decimals."""
-    if trade.trade_type == "split":
-        return times(trade.quantity, ratio_from(trade.ratio), ROUND_FLOOR) - trade.quantity
-    signs = {"buy": 1, "sell": -1, "dividend": 0, "correction": 1}
-    return trade.quantity * signs[trade.trade_type]
+        numbers = {"id": self.id and str(self.id), "order_id": self.order_id and str(self.order_id)}
+        return told(TradeAnswer, self, cash_balance=self.cash_after, timestamp=self.created_at, **numbers)
 
 
 # ------------------------------------------------------------------------------------- The markets
@@ -638,16 +607,7 @@ class Quote(db.Model):
         )
 
     def to_dict(self) -> QuoteAnswer:
-        return {
-            "ticker": self.ticker,
-            "price": self.price,
-            "currency": self.currency,
-            "source": self.source,
-            "timestamp": self.timestamp,
-            "valid_until": self.valid_until,
-            "market_time": self.market_time,
-            "stale": self.stale,
-        }
+        return told(QuoteAnswer, self)
 
 
 class MarketOfDatabase(db.Model):
@@ -761,7 +721,7 @@ class Stretch(db.Model):
 def in_lieu(split: Trade | sa.Row) -> Decimal:
     """The cash for what a split's shares are rounded down by, in dollars."""
     ratio = ratio_from(split.ratio)
-    left = split.quantity * ratio.numerator - (split.quantity + change_by(split)) * ratio.denominator
+    left = split.quantity * ratio.numerator - (split.quantity + Trade.change(split)) * ratio.denominator
     return rounded(left * split.price / ratio.denominator, ROUND_FLOOR)  # A third of 3 is 1, divided last.
 
 
@@ -1277,7 +1237,7 @@ class Account(db.Model):
         if self.updated_at is None or self.updated_at < begins:
             return holding.quantity  # Nothing was booked since, as it mostly is.
         since = Trade.since(self, action.ticker, is_later)
-        before = max(holding.quantity - sum(trade.change for trade in since), Decimal(0))
+        before = max(holding.quantity - sum(trade.change() for trade in since), Decimal(0))
         if action.kind == "dividend":
             return before
         later = prod(ratio_from(trade.ratio) for trade in since if trade.ratio)
@@ -1289,7 +1249,7 @@ class Account(db.Model):
 
         Its profit is that cash, less what shares cost that a correction takes away, or that are the last.
         """
-        change, cash, taken = trade.change, trade.total_amount, Decimal(0)
+        change, cash, taken = trade.change(), trade.total_amount, Decimal(0)
         if trade.trade_type == "correction":
             taken = max(-change, Decimal(0))
             self.need_shares(taken, holding)
@@ -1429,7 +1389,7 @@ class Account(db.Model):
         trade.idempotency_key = order_key
         if not holding.quantity:
             write_holding = DELETE_HOLDING
-        elif holding.quantity == trade.change:
+        elif holding.quantity == trade.change():
             write_holding = INSERT_HOLDING  # There was none before.
         else:
             write_holding = UPDATE_HOLDING

@@ -14,7 +14,7 @@ from flask import Flask
 from pydantic import BaseModel, TypeAdapter
 from werkzeug.routing import Rule
 
-from messages import ORDER_KEY, Problem
+from messages import ORDER_KEY, STATUS, Problem
 
 ABOUT = "Trades as a broker would book them. Amounts are exact decimals in US dollars, times are UTC."
 KEYS = {
@@ -74,10 +74,10 @@ OF_BODIES = {"invalid_json", "too_large", "unsupported_media_type"}
 
 
 class Document:
-    """The description of one app; `status_of` knows the status of every refusal."""
+    """The description of one app."""
 
-    def __init__(self, app: Flask, version: str, status_of: dict[str, int]):
-        self.status_of, self.schemas, self.paths = status_of, {}, defaultdict(dict)
+    def __init__(self, app: Flask, version: str):
+        self.schemas, self.paths = {}, defaultdict(dict)
         for rule in app.url_map.iter_rules():
             if not rule.endpoint.endswith("static") and self.describes(rule):
                 path = re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule)
@@ -166,7 +166,7 @@ class Document:
         codes |= {"not_found"} if rule.arguments else set()
         by_status = defaultdict(list)
         for code in sorted(codes):
-            by_status[self.status_of[code]].append(code)
+            by_status[STATUS[code]].append(code)
         return {str(status): problem(status, by_status[status]) for status in sorted(by_status)}
 
     def schema(self, answer) -> dict:
@@ -186,8 +186,8 @@ class Document:
         """A problem once a status, with the codes that this has."""
         self.schema(Problem)
         whole = self.schemas.pop("Problem")
-        for status in set(self.status_of.values()):
-            codes = [code for code in self.status_of if self.status_of[code] == status]
+        for status in set(STATUS.values()):
+            codes = [code for code in STATUS if STATUS[code] == status]
             own = {"status": {"type": "integer", "const": status}, "code": {"type": "string", "enum": codes}}
             self.schemas[f"Problem{status}"] = whole | {"properties": whole["properties"] | own}
 

@@ -41,6 +41,7 @@ from messages import (
     now,
     plain,
     rounded,
+    told,
     value_of,
 )
 
@@ -431,10 +432,8 @@ class PlacedOrder(db.Model):
         ).all()
 
     def to_dict(self) -> OrderAnswer:
-        number = {name: getattr(self, name) for name in ("trade_id", "parent_id", "replaces")}
-        same = {n: getattr(self, n) for n in OrderAnswer.__annotations__ if n not in ("id", *number)}
-        written = {"id": str(self.id)} | same | {name: n and str(n) for name, n in number.items()}
-        return {name: written[name] for name in OrderAnswer.__annotations__}
+        numbers = {name: getattr(self, name) for name in ("id", "trade_id", "parent_id", "replaces")}
+        return told(OrderAnswer, self, **{name: number and str(number) for name, number in numbers.items()})
 
 
 def fingerprint(*asked: BaseModel | str) -> str:

@@ -39,6 +39,7 @@ from messages import (
     SHARE_CLASS,
     TIMEFRAMES,
     BarOptions,
+    MarketAnswer,
     Refused,
     checked_decimal,
     invalid,
@@ -634,7 +635,7 @@ class Yahoo(Source):
 
     def __init__(self, folder: str):
         super().__init__()
-        self.folder = folder
+        self.folder = Path(folder, "yfinance")  # Where its cookie is kept.
         self.first_turn = threading.Lock()
         self.turns_lost = 0
         self.is_reached = False  # Something of Yahoo has answered: its cookie, say.
@@ -659,7 +660,7 @@ class Yahoo(Source):
 
         yahoo = self
         logging.getLogger("yfinance").setLevel(logging.CRITICAL)  # A failure is one line, and ours.
-        yfinance.set_tz_cache_location(self.folder)
+        yfinance.set_tz_cache_location(str(self.folder))
         return yfinance.data.YfData(
             CappedSession(impersonate="chrome", curl_options={CurlOpt.MAXFILESIZE_LARGE: ANSWER_BYTES})
         )
@@ -1196,6 +1197,17 @@ class SampleMarket:
 
     def bar_shown(self, moment: datetime) -> datetime:
         return self.bars[minute_of(moment) % len(self.bars)]
+
+    def state(self, account: Account) -> MarketAnswer:
+        return {
+            "source": self.name,
+            "clock": "manual" if account.market_clock else "wall",
+            "now": self.time(account),
+            "first_bar": self.bars[0],
+            "last_bar": self.bars[-1],
+            "tickers": list(self.series),
+            "pins": account.pins,
+        }
 
     def has_moved(self, account: Account) -> bool:
         """Whether its clock runs and has passed what it has not had: prices for its open orders, or else a

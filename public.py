@@ -1,16 +1,26 @@
-"""What it takes to stand in public: careful headers, and limits on how often each may ask."""
+"""What it takes to stand in public: careful headers, a line in the log for each request, limits on how often
+each may ask, and what /health tells of the machine.
+"""
 
 import logging
 import os
+import platform
 import re
 import threading
 import time
+from collections import deque
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from functools import cache
+from json.encoder import encode_basestring_ascii as quoted
+from secrets import token_hex
 
+import psutil
 from flask import g, request
 from limits import RateLimitItem, parse, parse_many
 from limits.storage import storage_from_string
 
-from messages import Refused
+from messages import Refused, RequestsAnswer, ServerInfo
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +44,11 @@ CAREFUL = [
     ("X-Frame-Options", "DENY"),
 ]
 NO_SOURCES = ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+OWN_PAGE = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
 NOT_TO_KEEP = ("Cache-Control", "no-store")
 STAY_WITH_HTTPS = ("Strict-Transport-Security", "max-age=31536000")
 EXPOSED = (
@@ -56,6 +71,105 @@ def checked_origins(text: str) -> set[str]:
     if not all(re.fullmatch(r"\*|https?://[a-z0-9.:\[\]-]+", origin) for origin in origins):
         raise ValueError("name origins as browsers send them, such as https://example.com, or * for all.")
     return origins
+
+
+# ---------------------------------------------------------------------------------------- The gate
+
+# One line a request, which says what a trade has booked, and one a failed source.
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+
+
+def with_request_id(line: logging.LogRecord) -> bool:
+    """Put the request's id on a line of the log, in whatever thread it is written."""
+    line.request_id = request_id.get() and f" [{request_id.get()}]"
+    return True
+
+
+def before_query(text: str) -> str:
+    """`text` up to a URL's query, in which somebody may have put a key."""
+    return text.partition("?")[0]
+
+
+def without_query(line: logging.LogRecord) -> bool:
+    """Cut a line short in which a web server quotes what it cannot read, such as `GET /a b?key=...`."""
+    line.msg, line.args = before_query(line.getMessage()), ()
+    return True
+
+
+def log_with_request_ids() -> None:
+    """Begin the log, before anything else does."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s%(request_id)s")
+    logging.getLogger().handlers[0].addFilter(with_request_id)
+    for web_server in ("gunicorn.error", "werkzeug"):
+        logging.getLogger(web_server).addFilter(without_query)
+
+
+class Gate:
+    """Stands in front of `app`: gives each request its id and its line in the log, each answer its headers.
+
+    It speaks WSGI, where all this takes a quarter of what it took within Flask.
+    """
+
+    def __init__(self, app, origins: set[str], log: logging.Logger):
+        self.app, self.origins, self.log = app, origins, log
+        self.count = self.errors = 0
+        self.last = deque(maxlen=1000)  # Of the last requests, how many milliseconds they took.
+
+    def __call__(self, environ: dict, start_response):
+        started, answered = time.perf_counter(), "500"
+        sent = environ.get("HTTP_X_REQUEST_ID")
+        is_safe_to_log = sent and re.fullmatch("[A-Za-z0-9._:/+=@-]{1,128}", sent)
+        own_id = sent if is_safe_to_log else token_hex(16)
+        request_id.set(own_id)
+        origin = self.origins and self.welcome_origin(environ)
+
+        def start(status: str, headers: list, *failure):
+            nonlocal answered
+            answered = status[:3]
+            headers = [*headers, *CAREFUL, *environ.get("broker.limit", ()), ("X-Request-Id", own_id)]
+            if environ["PATH_INFO"].startswith(("/api/", "/alpaca/")):
+                headers.append(NOT_TO_KEEP)
+            else:  # What is served from a file has a date of its own, beside the web server's.
+                headers = [header for header in headers if header[0] != "Date"]
+            if all(name != "Content-Security-Policy" for name, _ in headers):  # A page brings its own.
+                headers.append(NO_SOURCES)
+            if "https" in (environ["wsgi.url_scheme"], environ.get("HTTP_X_FORWARDED_PROTO")):
+                headers.append(STAY_WITH_HTTPS)  # To forge that gains nothing: over HTTP browsers ignore it.
+            if self.origins:
+                headers.append(("Vary", "Origin"))
+            if origin:
+                headers += [("Access-Control-Allow-Origin", origin), EXPOSED]
+            return start_response(status, headers, *failure)
+
+        is_preflight = (
+            environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
+        )
+        try:
+            if origin and is_preflight:
+                start("204 No Content", ALLOWED)  # A browser asks, without a key, whether its page may ask.
+                return []
+            return self.app(environ, start)
+        finally:
+            milliseconds = (time.perf_counter() - started) * 1000
+            self.count += 1
+            self.errors += answered >= "500"
+            self.last.append(milliseconds)
+            path = before_query(environ["PATH_INFO"])  # Where a `?` can stand as well: sent as %3F.
+            asked = f"{environ['REQUEST_METHOD']} {path} {environ['SERVER_PROTOCOL']}"
+            address, booked = environ.get("REMOTE_ADDR"), environ.get("broker.booked", "")
+            self.log.info("%s %s %s %.1f ms%s", address, quoted(asked), answered, milliseconds, booked)
+
+    def welcome_origin(self, environ: dict) -> str | None:
+        """The origin whose page may read the answer; `*` can be all of them, as the key is no cookie."""
+        sent = environ.get("HTTP_ORIGIN")
+        return next((origin for origin in ("*", sent) if origin in self.origins), None)
+
+    def health(self) -> RequestsAnswer:
+        last = sorted(self.last.copy()) or [0.0]
+        percentiles = {
+            f"p{p}": round(last[min(len(last) * p // 100, len(last) - 1)], 2) for p in (50, 95, 99)
+        }
+        return {"count": self.count, "errors": self.errors, "latency_ms": percentiles}
 
 
 # ------------------------------------------------------------------------------------------ Limits
@@ -136,3 +250,25 @@ def client_address() -> str:
     if ON_HOST or request.remote_addr in (None, "", "127.0.0.1", "::1"):
         return request.access_route[-1] if request.access_route else ""
     return request.remote_addr
+
+
+# ------------------------------------------------------------------------------------------ Health
+
+
+def server_info() -> ServerInfo:
+    memory = psutil.virtual_memory()
+    return {
+        "platform": platform.system(),
+        "platform_version": platform.release(),
+        "architecture": platform.machine(),
+        "python_version": platform.python_version(),
+        "cpu_count": os.cpu_count(),
+        "memory_total_gb": round(memory.total / 2**30, 2),
+        "memory_available_gb": round(memory.available / 2**30, 2),
+        "cpu_percent": psutil.cpu_percent(),
+    }
+
+
+@cache
+def process_started(pid: int) -> datetime:
+    return datetime.fromtimestamp(psutil.Process(pid).create_time(), UTC)

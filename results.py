@@ -32,9 +32,10 @@ from messages import (
     percent,
     plain,
     rounded,
+    told,
     value_of,
 )
-from models import BY_ITSELF, Account, Holding, Pin, PortfolioAnswer, Run, Stretch, Trade, change_by, in_lieu
+from models import BY_ITSELF, Account, Holding, Pin, PortfolioAnswer, Run, Stretch, Trade, in_lieu
 from orders import PlacedOrder
 
 # ----------------------------------------------------------------------------------------- Answers
@@ -129,12 +130,7 @@ class Mark(NamedTuple):
     holds: bool
 
     def to_dict(self) -> Point:
-        return {
-            "timestamp": self.timestamp,
-            "cash": self.cash,
-            "market_value": self.market_value,
-            "equity": self.equity,
-        }
+        return told(Point, self)
 
 
 ZERO, ONE = Decimal(0), Decimal(1)
@@ -149,7 +145,7 @@ def curve_of(cash: Decimal, steps: Iterable[Step]) -> Iterator[Mark]:
     held, last_traded, unsaid = defaultdict(Decimal), {}, None
     for timestamp, prices, trade in steps:
         if trade:
-            held[trade.ticker] += change_by(trade)
+            held[trade.ticker] += Trade.change(trade)
             if not held[trade.ticker]:
                 del held[trade.ticker]
             if trade.market_price:

@@ -198,4 +198,4 @@ def test_a_split_makes_no_money_and_loses_none(quantity, price, new, old):
 
 def test_a_third_of_a_unit_at_three_dollars_is_paid_out_in_full():
     split = Trade(trade_type="split", quantity=UNIT, ratio="1:3", price=Decimal(3))
-    assert (split.change, in_lieu(split)) == (-UNIT, UNIT)
+    assert (split.change(), in_lieu(split)) == (-UNIT, UNIT)
