@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from cast import ROOT, Server, exact
+from cast import ROOT, Here, Server, exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from standins import MarketStandIn
@@ -192,7 +192,7 @@ def replayed(new_database, tmp_path):
     def replaying(**files: str):
         for name, content in files.items():
             (tmp_path / f"{name}.csv").write_text(content)
-        with Server(new_database().migrate().url, workers=1, SAMPLE_MARKET=tmp_path) as server:
+        with Here(new_database().migrate().url, SAMPLE_MARKET=tmp_path) as server:
             alice = server.trader()
             stop_clock(alice, alice.get("/api/v1/market")["last_bar"])
             yield alice

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from cast import ADMIN, ROOT, Server, Trader
+from cast import ADMIN, ROOT, Here, Server, Trader
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 pytestmark = pytest.mark.parametrize("engine_name", ["sqlite"], indirect=True, scope="session")
@@ -255,15 +255,12 @@ def test_a_price_that_is_good_for_selling_only_is_shown_as_stale(browser, new_da
     """Of a holding whose ticker a changed file has no more."""
     database, file = new_database().migrate(), tmp_path / "prices.csv"
     file.write_text("date,GONE,HERE\n2020-01-01,10,5\n2020-01-02,11,6\n")
-    with Server(database.url, workers=1, SAMPLE_MARKET=file) as server:
+    with Here(database.url, SAMPLE_MARKET=file) as server:
         alice = server.trader()
         alice.ask("PUT", "/api/v1/market/clock", json={"at": "2020-01-02T00:00:00Z"})
         assert alice.buys(4, "GONE")["price"] == 11
     file.write_text("date,HERE\n2020-01-01,5\n2020-01-02,6\n")
-    with (
-        Server(database.url, workers=1, SAMPLE_MARKET=file) as alice.server,
-        visiting(browser, alice) as visit,
-    ):
+    with Here(database.url, SAMPLE_MARKET=file) as alice.server, visiting(browser, alice) as visit:
         visit.signs_in().reads("equity", "100,000.00")
         assert "stale, of 2020-01-02" in visit.row("holdings-rows")
         visit.writes_an_order("buy", 1, "GONE").reads("quote", "stale, its market last saw it on 2020-01-02")

@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import pytest
 import requests
-from cast import ADMIN, Server, exact, in_process
+from cast import ADMIN, Here, Server, exact, in_process
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
@@ -206,7 +206,7 @@ def test_a_ticker_that_begins_as_the_clock_moves_can_be_traded_at_once(new_datab
     file = tmp_path / "prices.csv"
     days = [f"2020-01-0{day}T00:00:00Z,{ticker},{day}" for day, ticker in ((1, "OLD"), (2, "NEW"))]
     file.write_text("\n".join(["timestamp,ticker,price", *days]))
-    with Server(new_database().migrate().url, workers=1, SAMPLE_MARKET=file) as server:
+    with Here(new_database().migrate().url, SAMPLE_MARKET=file) as server:
         alice = server.trader()
         stop_clock(alice, "2020-01-01T00:00:00Z")
         assert alice.buys(1, "NEW")["code"] == "unknown_ticker"
@@ -309,7 +309,7 @@ def test_an_ended_run_keeps_its_result(alice):
 
 def test_costs_apply_to_every_account_and_are_told(new_database):
     costs = {"COMMISSION_BPS": "10", "COMMISSION_MIN": "1", "SLIPPAGE_BPS": "50"}
-    with Server(new_database().migrate().url, **costs) as server:
+    with Here(new_database().migrate().url, **costs) as server:
         alice = server.trader(cash=1000).sees("AAPL", at=100)
         assert alice.get("/api/v1/rules")["costs"] == {
             "commission_bps": 10,
@@ -363,7 +363,7 @@ def test_a_file_of_ones_own_is_replayed(new_database, tmp_path):
         "timestamp,ticker,price\n2020-01-01T00:00:00Z,ABC,1.5\n"
         "2020-01-02T00:00:00Z,ABC,2\n2020-01-02T00:00:00Z,XYZ,0.00000001\n"
     )
-    with Server(new_database().migrate().url, SAMPLE_MARKET=file) as server:
+    with Here(new_database().migrate().url, SAMPLE_MARKET=file) as server:
         alice = server.trader()
         stop_clock(alice, "2020-01-01T12:00:00Z")
         assert alice.get("/api/v1/price/abc")["price"] == Decimal("1.5")
@@ -451,7 +451,7 @@ def test_a_file_is_replayed_as_people_have_it(new_database, tmp_path, files):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     path = tmp_path if len(files) > 1 else tmp_path / "market.csv"
-    with Server(new_database().migrate().url, SAMPLE_MARKET=path) as server:
+    with Here(new_database().migrate().url, SAMPLE_MARKET=path) as server:
         alice = server.trader()
         state = stop_clock(alice, "2024-03-07T00:00:00Z")
         assert (state["first_bar"], state["last_bar"]) == ("2024-03-07T00:00:00Z", "2024-03-08T00:00:00Z")
@@ -467,13 +467,13 @@ def test_a_clock_outside_a_file_that_was_changed_stands_at_its_nearest_bar(
 ):
     file, database = tmp_path / "market.csv", new_database().migrate()
     file.write_text("date,ABC\n2012-06-01,5\n2012-06-02,6\n")
-    with Server(database.url, SAMPLE_MARKET=file) as server:
+    with Here(database.url, SAMPLE_MARKET=file) as server:
         alice = server.trader()
         stop_clock(alice, "2012-06-01T00:00:00Z")
         alice.buys(1, "ABC")
     file.write_text(f"date,ABC\n{year}-01-01,1\n{year}-01-02,2\n{year}-01-03,3\n")
     first, at, then = (f"{year}-01-0{day}T00:00:00Z" for day in (1, here, after))
-    with Server(database.url, SAMPLE_MARKET=file) as alice.server:
+    with Here(database.url, SAMPLE_MARKET=file) as alice.server:
         assert alice.get("/api/v1/market").items() >= {"clock": "manual", "now": at}.items()
         price = alice.get("/api/v1/price/ABC")
         assert (price["price"], price["timestamp"], price["valid_until"]) == (here, at, None)
@@ -493,12 +493,12 @@ def test_a_holding_whose_ticker_a_changed_file_has_no_more_is_valued_and_sold_at
 ):
     database, file = new_database().migrate(), tmp_path / "prices.csv"
     file.write_text("date,GONE,HERE\n2020-01-01,10,5\n2020-01-02,11,6\n")
-    with Server(database.url, workers=1, SAMPLE_MARKET=file) as server:
+    with Here(database.url, SAMPLE_MARKET=file) as server:
         alice = server.trader()
         stop_clock(alice, "2020-01-02T00:00:00Z")
         assert alice.buys(4, "GONE")["price"] == 11
     file.write_text("date,HERE\n2020-01-01,5\n2020-01-02,6\n")
-    with Server(database.url, workers=1, SAMPLE_MARKET=file) as server:
+    with Here(database.url, SAMPLE_MARKET=file) as server:
         alice.server = server
         (held,) = alice.portfolio["holdings"]
         assert (held["current_price"], held["stale"], alice.portfolio["equity"]) == (11, True, 100_000)
@@ -540,10 +540,10 @@ def test_the_price_of_the_sample_market_is_of_its_bar_and_never_stale(alice):
 def test_a_pin_on_a_ticker_that_a_changed_file_has_no_more_can_be_let_go(new_database, tmp_path):
     database, file = new_database().migrate(), tmp_path / "prices.csv"
     file.write_text("date,GONE,HERE\n2020-01-01,10,5\n")
-    with Server(database.url, workers=1, SAMPLE_MARKET=file) as server:
+    with Here(database.url, SAMPLE_MARKET=file) as server:
         alice = server.trader().sees("GONE", at=7)
     file.write_text("date,HERE\n2020-01-01,5\n")
-    with Server(database.url, workers=1, SAMPLE_MARKET=file) as alice.server:
+    with Here(database.url, SAMPLE_MARKET=file) as alice.server:
         assert alice.get("/api/v1/market")["pins"] == {"GONE": 7}
         assert exact(alice.ask("DELETE", "/api/v1/market/prices/GONE"))["pins"] == {}
         assert alice.get("/api/v1/price/GONE")["code"] == "unknown_ticker"

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import pytest
 import requests
-from cast import ADMIN, Server, Trader
+from cast import ADMIN, Here, Server, Trader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_input import JSON, refused
@@ -500,7 +500,7 @@ def test_a_sale_that_would_bring_more_than_there_can_be_is_no_fault_whatever_its
     new_database, leg
 ):
     database = new_database().migrate()
-    with Server(database.url, workers=1, COMMISSION_BPS=10) as server:
+    with Here(database.url, COMMISSION_BPS=10) as server:
         alice = server.trader().sees("AAPL", at="0.01")
         most = {"limit_price": "9999999999.99999999"}
         if leg:
@@ -548,7 +548,7 @@ def test_orders_in_a_ticker_that_the_file_has_no_more_rest_and_can_be_canceled(n
         market_file("both.csv", IBM=lambda n: 100, GONE=lambda n: 10),
         market_file("one.csv", IBM=lambda n: 100),
     )
-    with Server(database.url, workers=1, SAMPLE_MARKET=both) as server:
+    with Here(database.url, SAMPLE_MARKET=both) as server:
         alice = server.trader()
         alice.buys(2, "GONE")
         buy = alice.rests("buy", 1, "GONE", limit_price=5, take_profit={"limit_price": 20})
@@ -583,7 +583,7 @@ def test_an_order_in_a_ticker_that_is_gone_shows_the_others_no_price_of_the_past
         return 100 if (number - minute) % 1000 < 100 else 50
 
     both, one = market_file("both.csv", IBM=price, GONE=lambda n: 10), market_file("one.csv", IBM=price)
-    with Server(database.url, workers=1, SAMPLE_MARKET=both) as server:
+    with Here(database.url, SAMPLE_MARKET=both) as server:
         alice = server.trader()
         alice.buys(2, "GONE")
         with restarted(server, SAMPLE_MARKET=one):
@@ -611,7 +611,7 @@ def trades_an_hour_ago(database) -> None:
 def test_costs_that_a_restart_changes_are_those_of_the_fill(new_database):
     """What was held back for an order may then be too little: it is canceled, and says so."""
     database = new_database().migrate()
-    with Server(database.url, workers=1) as server:
+    with Here(database.url) as server:
         alice = server.trader(cash=1000).sees("AAPL", at=100)
         alice.rests("buy", 1, "AAPL", limit_price=50)
         first = alice.rests("buy", 10, "AAPL", limit_price=95)

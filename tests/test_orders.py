@@ -6,7 +6,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from cast import Database, Server
+from cast import Database, Here
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -158,7 +158,7 @@ def exchange(new_database_on, engine_name, tmp_path_factory):
     """A broker whose market is the handful of bars above."""
     file = tmp_path_factory.mktemp("market") / "bars.csv"
     file.write_text(BARS)
-    with Server(new_database_on(engine_name).migrate().url, SAMPLE_MARKET=file) as server:
+    with Here(new_database_on(engine_name).migrate().url, SAMPLE_MARKET=file) as server:
         yield server
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from cast import Database, Server, exact, flask, loaded
+from cast import Database, Here, exact, flask, loaded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,7 +47,7 @@ def file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(new_database, file):
     """A broker that serves the prices above, with a commission of 0.1 %."""
-    with Server(new_database().migrate().url, workers=1, SAMPLE_MARKET=file, COMMISSION_BPS=10) as server:
+    with Here(new_database().migrate().url, SAMPLE_MARKET=file, COMMISSION_BPS=10) as server:
         yield server
 
 

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 import requests
-from cast import ADMIN, Database, Server, Trader, exact, flask
+from cast import ADMIN, Database, Here, Trader, exact, flask
 from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
 
@@ -25,7 +25,7 @@ FILE = """date,ticker,price,dividend,split
 def recorded(new_database, tmp_path_factory):
     file = tmp_path_factory.mktemp("recorded") / "market.csv"
     file.write_text(FILE)
-    with Server(new_database().migrate().url, SAMPLE_MARKET=file, CORPORATE_ACTIONS="on") as server:
+    with Here(new_database().migrate().url, SAMPLE_MARKET=file, CORPORATE_ACTIONS="on") as server:
         yield server
 
 
@@ -240,7 +240,7 @@ def test_a_correction_that_is_sent_again_with_its_key_is_booked_once(recorded, c
 
 
 def test_the_bundled_year_pays_what_apple_paid(new_database):
-    with Server(new_database().migrate().url, CORPORATE_ACTIONS="") as server:
+    with Here(new_database().migrate().url, CORPORATE_ACTIONS="") as server:
         dora = server.trader(name="dora").goes_to("2012-03-01T00:00:00Z")
         dora.buys(10, "AAPL")
         dora.advances(300)
@@ -254,7 +254,7 @@ def test_trades_of_the_new_types_are_lost_only_for_whoever_says_so(new_database,
     file = tmp_path / "market.csv"
     file.write_text(FILE)
     database = new_database().migrate()
-    with Server(database.url, SAMPLE_MARKET=file, CORPORATE_ACTIONS="on") as server:
+    with Here(database.url, SAMPLE_MARKET=file, CORPORATE_ACTIONS="on") as server:
         dora = server.trader(name="dora").goes_to(DAYS[0])
         dora.buys(10, "XYZ")
         dora.advances(2)

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import pytest
 import requests
-from cast import ADMIN, Database, Server, loaded
+from cast import ADMIN, Database, Here, Server, loaded
 from standins import MarketStandIn
 
 PRICES = """timestamp,ticker,price,split,dividend
@@ -37,7 +37,7 @@ def recorded(new_database_on, tmp_path_factory):
     file = tmp_path_factory.mktemp("market") / "prices.csv"
     file.write_text(PRICES)
     settings = {"SAMPLE_MARKET": file, "CORPORATE_ACTIONS": "on"}
-    with Server(new_database_on("sqlite").migrate().url, workers=1, **settings) as server:
+    with Here(new_database_on("sqlite").migrate().url, **settings) as server:
         yield server
 
 
@@ -123,11 +123,11 @@ def test_what_was_in_force_before_a_purchase_is_not_booked_when_actions_are_swit
 ):
     """While nothing is booked (off, or another file) shares come all the same."""
     url, same = new_database_on("sqlite").migrate().url, {"SAMPLE_MARKET": recorded.settings["SAMPLE_MARKET"]}
-    with Server(url, workers=1, CORPORATE_ACTIONS="off", **same) as server:
+    with Here(url, CORPORATE_ACTIONS="off", **same) as server:
         alice = server.trader()
         set_back(alice, 60 * 24)  # The account is a day old,
         alice.buys(1, "XYZ")  # and the share a moment.
-    with Server(url, workers=1, CORPORATE_ACTIONS="on", **same) as server:
+    with Here(url, CORPORATE_ACTIONS="on", **same) as server:
         alice.server = server
         assert len(alice.trades) <= 2  # The minute may have turned, and brought one.
 

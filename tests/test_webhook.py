@@ -12,7 +12,7 @@ from threading import Barrier
 
 import pytest
 import requests
-from cast import ADMIN, ROOT, Server, Trader, exact
+from cast import ADMIN, ROOT, Here, Server, Trader, exact
 
 PATH = "/api/v1/webhook/tradingview"
 TEXT = {"Content-Type": "text/plain; charset=utf-8"}
@@ -228,7 +228,7 @@ def test_wrong_keys_count_against_the_address_and_right_ones_are_let_in(alice, s
 
 
 def test_alerts_count_against_the_limit_of_their_key(database):
-    with Server(database.url, workers=1, RATE_LIMIT="5 per year") as server:
+    with Here(database.url, RATE_LIMIT="5 per year") as server:
         alice, tradingview = server.trader(), TradingView(server)
         left = [tradingview.alerts(alice, quantity=1).headers["RateLimit-Remaining"] for _ in range(5)]
         assert left == ["4", "3", "2", "1", "0"]
