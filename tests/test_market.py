@@ -116,6 +116,21 @@ def test_a_portfolio_is_answered_though_pins_change_all_the_time(server, alice, 
         assert [ask("GET", "/api/v1/portfolio").status_code for _ in range(3)] == [200] * 3
 
 
+def test_a_key_that_goes_while_a_portfolio_is_priced_opens_nothing_more(alice, monkeypatch):
+    """Nor is it a fault: what was read with it is not told."""
+    with in_process(alice) as (program, ask):
+        quotes = type(program["market"]).quotes
+
+        def priced(*asked):
+            gets_a_new_key(alice)
+            return quotes(*asked)
+
+        monkeypatch.setattr(type(program["market"]), "quotes", priced)
+        monkeypatch.setattr(type(program["market"]), "is_ahead_of", lambda *_: True)
+        answer = ask("GET", "/api/v1/portfolio")
+    assert (answer.status_code, json.loads(answer.text)["code"]) == (401, "unauthorized")
+
+
 def lose_connection():
     """What SQLAlchemy raises when the database has hung up."""
     raise OperationalError("", {}, Exception("gone"), connection_invalidated=True)

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import pytest
 import requests
-from cast import ADMIN, Database, Here, Server, loaded
+from cast import ADMIN, Database, Here, Server, flask, loaded
 from standins import MarketStandIn
 
 PRICES = """timestamp,ticker,price,split,dividend
@@ -163,6 +163,45 @@ def test_a_correction_comes_after_all_that_the_clock_has_passed(alice):
     booked = corrects(alice, ticker="XYZ", cash="1", reason="a present").json()
     trades = [trade for trade in alice.trades if int(trade["id"]) > int(booked["id"])]
     assert len(trades) <= 2  # The minute may have turned.
+
+
+def test_a_database_that_takes_no_writes_tells_what_was_booked_by_then(alice, recorded):
+    """Where orders are open, more than a dividend may have come of it: that needs one that does."""
+    bob = recorded.trader(name="bob")
+    for trader in (alice, bob):
+        trader.buys(1, "OLD")
+    bob.rests("buy", 1, "OLD", limit_price=1)
+    before = alice.get("/api/v1/balance"), alice.holdings
+    for trader in (alice, bob):
+        set_back(trader, 24 * 60)
+    file = recorded.database_url.removeprefix("sqlite:///")
+    read_only = f"sqlite:///file:{file}?mode=ro&uri=true"
+    same = {"SAMPLE_MARKET": recorded.settings["SAMPLE_MARKET"], "CORPORATE_ACTIONS": "on"}
+    with Here(read_only, **same) as there:
+        here, alice.server = alice.server, there
+        assert (alice.get("/api/v1/balance"), alice.holdings) == before
+        assert len(alice.trades) == 1
+        bob.server = there
+        answer = bob.ask("GET", "/api/v1/balance")
+        assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
+    alice.server = bob.server = here
+    assert bob.get("/api/v1/balance")["reserved_cash"] == 1
+    assert alice.audit()["ok"]
+
+
+def test_the_scheduler_books_the_splits_that_an_account_with_orders_has_passed(alice, recorded):
+    alice.ask("PUT", "/api/v1/market/clock", json={"at": None})
+    alice.buys(8, "XYZ")
+    alice.rests("buy", 1, "OLD", limit_price=1)
+    set_back(alice, 3 * 8)
+    count = Database(recorded.database_url).run
+    booked = "SELECT count(*) FROM ibkr_trades WHERE trade_type IN ('split', 'dividend') AND user_id = :id"
+    assert count(booked, id=alice.user_id) == [(0,)]
+    done = flask("settle", **{n: v for n, v in recorded.settings.items() if n != "PORT"})
+    assert done.returncode == 0, done.stdout
+    ((trades,),) = count(booked, id=alice.user_id)
+    assert trades >= 6  # A split, its undoing and a dividend in each of three rounds, or two and a part.
+    assert alice.audit()["ok"]
 
 
 def test_a_dividend_makes_no_dip_in_the_curve_where_its_ticker_is_pinned(alice):
