@@ -967,6 +967,8 @@ def test_the_readmes_picture_can_be_taken_again(browser, alice, tmp_path):
         visit.reads("quote", "AAPL: ").reads("estimate", "Costs about 12,800.00 USD")
         visit.page.evaluate("document.activeElement.blur()")
         below = visit["orders"].bounding_box()["y"]
+        table = visit["trades"].locator(".scroll")
+        assert table.evaluate("table => table.scrollWidth <= table.clientWidth")  # Nothing is cut off.
         picture = tmp_path / "dashboard.png"
         visit.page.screenshot(
             path=picture, full_page=True, clip={"x": 0, "y": 0, "width": 1280, "height": below}
