@@ -27,10 +27,6 @@ from results import Books
 commands = Blueprint("commands", __name__, cli_group=None)
 
 
-def starting_cash() -> str:
-    return plain(current_app.config["STARTING_CASH"])
-
-
 class Commands(AppGroup):
     """Commands that end with one clear line where the program says no."""
 
@@ -49,13 +45,14 @@ commands.cli.add_command(users)
 
 @users.command("add")
 @click.argument("email")
-@click.option("--cash", default=starting_cash, show_default="STARTING_CASH", help="Dollars to begin with.")
+@click.option("--cash", help="Dollars to begin with; without it, STARTING_CASH.")
 @click.option("--key", help="The API key; without it one is made.")
-def add_user(email: str, cash: str, key: str | None):
+def add_user(email: str, cash: str | None, key: str | None):
     """Open an account for EMAIL and print its API key, once."""
-    account = checked(NewAccount, {"email": email, "cash": cash} | ({"key": key} if key else {}))
-    user_id, key = User.open(account.email, account.cash, account.key)
-    click.echo(f"User {user_id} ({account.email}) has {plain(account.cash)} dollars.")
+    account = checked(NewAccount, {"email": email, "cash": cash, "key": key or None})
+    cash = current_app.config["STARTING_CASH"] if account.cash is None else account.cash
+    user_id, key = User.open(account.email, cash, account.key)
+    click.echo(f"User {user_id} ({account.email}) has {plain(cash)} dollars.")
     click.echo(f"API key, shown this once: {key}")
 
 

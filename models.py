@@ -1350,7 +1350,9 @@ class Account(db.Model):
         """What this locked account has of `ticker`; always the same object."""
         if ticker not in self.held and not self.knows_all_held:
             self.know_holdings(Holding.ticker == ticker)
-        return self.held.setdefault(ticker, Holding.none(self.user_id, ticker))
+        if ticker not in self.held:
+            self.held[ticker] = Holding.none(self.user_id, ticker)
+        return self.held[ticker]
 
     def know_holdings(self, *which) -> None:
         """Read what this locked account holds, all of it in one statement, or those `which`."""

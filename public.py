@@ -85,14 +85,11 @@ def with_request_id(line: logging.LogRecord) -> bool:
     return True
 
 
-def before_query(text: str) -> str:
-    """`text` up to a URL's query, in which somebody may have put a key."""
-    return text.partition("?")[0]
-
-
 def without_query(line: logging.LogRecord) -> bool:
-    """Cut a line short in which a web server quotes what it cannot read, such as `GET /a b?key=...`."""
-    line.msg, line.args = before_query(line.getMessage()), ()
+    """Cut a line short in which a web server quotes what it cannot read, such as `GET /a b?key=...`: in a
+    query somebody may have put a key.
+    """
+    line.msg, line.args = line.getMessage().partition("?")[0], ()
     return True
 
 
@@ -154,7 +151,7 @@ class Gate:
             self.count += 1
             self.errors += answered >= "500"
             self.last.append(milliseconds)
-            path = before_query(environ["PATH_INFO"])  # Where a `?` can stand as well: sent as %3F.
+            path = environ["PATH_INFO"].partition("?")[0]  # There too can one stand: sent as %3F.
             asked = f"{environ['REQUEST_METHOD']} {path} {environ['SERVER_PROTOCOL']}"
             address, booked = environ.get("REMOTE_ADDR"), environ.get("broker.booked", "")
             self.log.info("%s %s %s %.1f ms%s", address, quoted(asked), answered, milliseconds, booked)
