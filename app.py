@@ -96,6 +96,7 @@ from messages import (
     now,
     refuses,
     takes,
+    told,
     unauthorized,
 )
 from models import (
@@ -180,11 +181,11 @@ class Simulator(Flask):
             try:
                 admit()
                 return super().dispatch_request()
-            except Refused as refusal:
+            except (Refused, sa.exc.TimeoutError) as refusal:
                 if unknown:  # What was not known then is not known by a refusal now.
                     raise unknown from refusal
                 raise
-            except (DBAPIError, sa.exc.TimeoutError, QuoteExpired, OutcomeUnknown) as error:
+            except (DBAPIError, QuoteExpired, OutcomeUnknown) as error:
                 db.session.close()
                 unknown = unknown or (isinstance(error, OutcomeUnknown) and error)
                 late = time.monotonic() > deadline and not isinstance(error, QuoteExpired)
@@ -200,8 +201,6 @@ class AsciiNumber(IntegerConverter):
 
 def is_passing(error: Exception) -> bool:
     """Whether the same request may well succeed a moment later, and does no harm if it is made twice."""
-    if isinstance(error, sa.exc.TimeoutError):
-        return False
     if isinstance(error, OutcomeUnknown):
         # What is booked under a key looks that up first; nothing else that writes has one.
         return request.method in ("GET", "HEAD") or "order_key" in g
@@ -210,9 +209,7 @@ def is_passing(error: Exception) -> bool:
 
 app = Simulator("app")  # By name: `instance/` is then beside this file, wherever it is started from.
 app.json = ExactJSON(app)
-app.wsgi_app = gate = public.Gate(
-    alpaca_face.tidied(app.wsgi_app), settings.CORS_ORIGINS or set(), app.logger
-)
+app.wsgi_app = gate = public.Gate(alpaca_face.tidied(app.wsgi_app), settings.CORS_ORIGINS or set())
 app.url_map.converters["int"] = AsciiNumber
 app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
@@ -328,8 +325,6 @@ def admit() -> None:
     g.key_hash = User.hash(key)
     is_admin = ADMIN_KEY_HASH and hmac.compare_digest(g.key_hash, ADMIN_KEY_HASH)
     account = Account.with_key(g.key_hash) if key and not is_admin else None
-    if account:
-        g.account, g.user_id = account, account.user_id
     if not (is_admin or account):
         counter.count(f"wrong keys from {public.client_address()}", public.WRONG_KEYS)
         raise unreadable or unauthorized()
@@ -340,7 +335,7 @@ def admit() -> None:
     if is_admin and not is_admins_path:
         raise Refused("forbidden", "The admin's key manages accounts; it has none of its own to trade with.")
     if account:
-        g.account = up_to_date(account, g.key_hash)
+        g.account, g.user_id = up_to_date(account, g.key_hash), account.user_id
 
 
 def up_to_date(account: Account, key_hash: str) -> Account:
@@ -372,9 +367,6 @@ def locked(user_id: int, key_hash: str, ticker: str = "", order_key: str = "") -
     return account
 
 
-A_DAY = timedelta(days=1)
-
-
 def catch_up(account: Account, moment: datetime | None = None) -> None:
     """Show its open orders all prices since they last saw some, and book its splits and dividends.
 
@@ -383,7 +375,7 @@ def catch_up(account: Account, moment: datetime | None = None) -> None:
     if market.may_have_moved(account):
         moment = moment or now()
         if market.is_sample:
-            moment = min(moment, (account.settled_at or account.acted_at) + A_DAY)
+            moment = min(moment, (account.settled_at or account.acted_at) + timedelta(days=1))
         show(account, market.since_settled(account, moment), moment)
 
 
@@ -476,7 +468,6 @@ def advance(step: Advance) -> AdvanceAnswer:
 @refuses("unknown_ticker", "market_is_live", "outcome_unknown")
 def pin_price(pinned: PinnedPrice, ticker: str) -> MarketAnswer:
     """Pin the price of a ticker, in dollars, for your account alone."""
-    need_sample_market()
     return pin(ticker, pinned.price)
 
 
@@ -485,11 +476,11 @@ def pin_price(pinned: PinnedPrice, ticker: str) -> MarketAnswer:
 @refuses("unknown_ticker", "market_is_live", "outcome_unknown")
 def unpin_price(ticker: str) -> MarketAnswer:
     """Let a pinned price go again."""
-    need_sample_market()
     return pin(ticker, None)
 
 
 def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
+    need_sample_market()
     letting_go = price is None and ticker in g.account.pins  # Also of a ticker that the file has no more.
     if ticker not in market.series and not letting_go:
         raise no_such_ticker(ticker)
@@ -551,15 +542,8 @@ def fail_where_booked(_) -> None:
 @takes()
 def balance() -> BalanceAnswer:
     """Your cash, and what of it is held back for open orders, in dollars."""
-    cash, reserved = g.account.cash_balance, Decimal(0)
-    if g.account.settled_at:
-        cash, reserved = Account.cash_and_reserve(g.user_id)
-    return {
-        "user_id": g.user_id,
-        "cash_balance": cash,
-        "reserved_cash": reserved,
-        "buying_power": cash - reserved,
-    }
+    account = Account.with_orders(g.user_id) if g.account.settled_at else g.account
+    return told(BalanceAnswer, account)
 
 
 @app.get("/api/v1/prices")
@@ -622,11 +606,11 @@ def at_the_market() -> tuple[Account, Sequence, dict[str, Quote]]:
     return account, holdings, quotes
 
 
-OF_A_TRADE = (
-    *("unknown_ticker", "price_below_market", "price_above_market", "insufficient_funds"),
-    *("insufficient_shares", "unsupported_currency", "unsupported_price", "stale_price", "limit_exceeded"),
-    *("market_is_live", "idempotency_key_reused", "price_unavailable", "outcome_unknown"),
+OF_AN_ORDER = (
+    *("unknown_ticker", "insufficient_funds", "insufficient_shares", "unsupported_currency"),
+    *("unsupported_price", "stale_price", "limit_exceeded", "idempotency_key_reused", "outcome_unknown"),
 )
+OF_A_TRADE = (*OF_AN_ORDER, "price_below_market", "price_above_market", "market_is_live")
 
 
 @app.post("/api/v1/trade")
@@ -682,13 +666,11 @@ def execute(order: Order, order_key: str, dry_run: bool = False) -> TradeAnswer:
 
 def earlier_under_key(account: Account) -> Trade | PlacedOrder | None:
     """What came under this request's key before."""
-    if (
-        "tried" in g and g.tried.run != account.run
-    ):  # An earlier try may have booked it in a run that is over.
-        raise OutcomeUnknown
+    if "tried" in g and g.tried.run != account.run:
+        raise OutcomeUnknown  # An earlier try may have booked it in a run that is over.
     if account.earlier_order:
         return db.session.get(PlacedOrder, account.earlier_order)
-    return account.earlier_trade and Trade.of(g.user_id, account.earlier_trade)
+    return account.earlier_trade and db.session.get(Trade, account.earlier_trade)
 
 
 def quote_for(account: Account, ticker: str, quote: Quote | Refused) -> Quote | Refused:
@@ -723,11 +705,10 @@ def trades(page: Page) -> TradesAnswer:
 
     Follow `next_cursor` until it is `null`: nothing is skipped or repeated, whoever trades meanwhile.
     """
-    shown, next_cursor = page_of(Trade, page)
-    return {"trades": shown, "next_cursor": next_cursor}
+    return page_of("trades", Trade, page)
 
 
-def page_of(kind: type[Trade] | type[PlacedOrder], page: Page | OrderPage) -> tuple[list[dict], str | None]:
+def page_of(name: str, kind: type[Trade] | type[PlacedOrder], page: Page | OrderPage) -> dict:
     """Those of yours on a `page`, the newest first, and the cursor of the next one."""
     run = page.run or g.account.run
     if page.cursor:
@@ -738,7 +719,7 @@ def page_of(kind: type[Trade] | type[PlacedOrder], page: Page | OrderPage) -> tu
     chosen = page.model_dump(exclude={"limit"}) | {"run": run}
     found = kind.page(g.user_id, **chosen, limit=page.limit + 1)
     next_cursor = str(found[-2].id) if len(found) > page.limit else None
-    return [one.to_dict() for one in found[: page.limit]], next_cursor
+    return {name: [one.to_dict() for one in found[: page.limit]], "next_cursor": next_cursor}
 
 
 CSV_COLUMNS = ["id", "run", "timestamp"]
@@ -755,11 +736,10 @@ def trades_csv(filters: Filters) -> Annotated[Response, "text/csv"]:
 
 @app.get("/api/v1/trades/<id>")
 @takes()
-@refuses("not_found")
 def one_trade(id: str) -> TradeAnswer:
     """One of your trades."""
-    trade = Trade.of(g.user_id, int(id)) if re.fullmatch("[0-9]{1,18}", id) else None
-    if trade is None:
+    trade = db.session.get(Trade, int(id)) if re.fullmatch("[0-9]{1,18}", id) else None
+    if trade is None or trade.user_id != g.user_id:
         raise Refused("not_found", f"You have no trade {id}.")
     return trade.to_dict()
 
@@ -769,11 +749,7 @@ def one_trade(id: str) -> TradeAnswer:
 
 @app.post("/api/v1/orders")
 @takes(NewOrder, order_key=True)
-@refuses(
-    *("unknown_ticker", "insufficient_funds", "insufficient_shares", "unsupported_currency"),
-    *("unsupported_price", "stale_price", "limit_exceeded", "market_is_live", "idempotency_key_reused"),
-    *("price_unavailable", "outcome_unknown"),
-)
+@refuses(*OF_AN_ORDER, "market_is_live")
 @drillable
 def place_order(asked: NewOrder, order_key: str) -> tuple[OrderAnswer, Literal[201]]:
     """Place an order that may wait: it is filled at once if the market is there already, or else rests.
@@ -805,11 +781,7 @@ def place(asked: NewOrder, order_key: str, tell: Callable = PlacedOrder.to_dict)
 
 @app.patch("/api/v1/orders/<id>")
 @takes(ChangedOrder, order_key=True)
-@refuses(
-    *("unknown_ticker", "not_found", "not_open", "not_replaceable", "insufficient_funds"),
-    *("insufficient_shares", "unsupported_currency", "unsupported_price", "stale_price", "limit_exceeded"),
-    *("idempotency_key_reused", "price_unavailable", "outcome_unknown"),
-)
+@refuses(*OF_AN_ORDER, "not_found", "not_open", "not_replaceable")
 def replace_order(changed: ChangedOrder, order_key: str, id: str) -> OrderAnswer:
     """Put a changed order in the place of an open one, in one step.
 
@@ -863,8 +835,7 @@ def cancel(id: str | None = None) -> list[PlacedOrder]:
     with transaction(g.user_id):
         account = locked(g.user_id, g.key_hash)
         orders = [open_order(id)] if id else [o for o in account.orders if o.is_working]
-        if orders:
-            account.cancel(*orders)
+        account.cancel(*orders)
     return orders
 
 
@@ -880,8 +851,7 @@ def cancel_orders() -> CanceledAnswer:
 @takes(query=OrderPage)
 def orders(page: OrderPage) -> OrdersAnswer:
     """Your orders of a run, newest first, a page at a time; those that are open, if you ask no others."""
-    shown, next_cursor = page_of(PlacedOrder, page)
-    return {"orders": shown, "next_cursor": next_cursor}
+    return page_of("orders", PlacedOrder, page)
 
 
 @app.get("/api/v1/orders.csv")
@@ -889,14 +859,12 @@ def orders(page: OrderPage) -> OrdersAnswer:
 def orders_csv(filters: OrderFilters) -> Annotated[Response, "text/csv"]:
     """All your orders of a run that pass the filters, newest first, as CSV."""
     chosen = filters.model_dump() | {"run": filters.run or g.account.run}
-    return csv_answer(
-        "orders.csv", list(OrderAnswer.__annotations__), partial(PlacedOrder.page, g.user_id, **chosen)
-    )
+    columns = list(OrderAnswer.__annotations__)
+    return csv_answer("orders.csv", columns, partial(PlacedOrder.page, g.user_id, **chosen))
 
 
 @app.get("/api/v1/orders/<id>")
 @takes()
-@refuses("not_found")
 def one_order(id: str) -> OrderAnswer:
     """One of your orders."""
     return PlacedOrder.of(g.user_id, id).to_dict()
@@ -985,11 +953,7 @@ def rules() -> RulesAnswer:
             *(BOOKED_BY_ITSELF if settings.CORPORATE_ACTIONS else ()),
         ],
         "order_types": list(get_args(OrderType)),
-        "costs": {
-            "commission_bps": COSTS.commission_bps,
-            "commission_min": COSTS.commission_min,
-            "slippage_bps": COSTS.slippage_bps,
-        },
+        "costs": vars(COSTS),
         "limits": {
             "order": ORDER_LIMIT,
             "account": ACCOUNT_LIMIT,
@@ -1053,7 +1017,8 @@ def correct(wanted: Correction, order_key: str, user_id: int) -> tuple[TradeAnsw
     It is a trade of its own type, which its owner sees with the `reason`. Shares that are added cost nothing,
     those that are taken away take their part of the cost with them.
     """
-    g.user_id, key_hash = user_id, User.key_hash_of(user_id)
+    g.user_id = user_id
+    key_hash = User.with_open_account(f"with the id {user_id}", id=user_id).api_key_hash
     if account := Account.with_key(key_hash):
         up_to_date(account, key_hash)
     with transaction(user_id):

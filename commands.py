@@ -68,14 +68,15 @@ def list_users():
 @click.argument("email")
 def rotate_key(email: str):
     """Give EMAIL a new API key and print it, once; the old one is refused from now on."""
-    click.echo(f"API key, shown this once: {User.rotate_key(User.id_of(email))}")
+    user = User.with_open_account(f"of {email}", email=email.lower())
+    click.echo(f"API key, shown this once: {User.rotate_key(user.id)}")
 
 
 @users.command("close")
 @click.argument("email")
 def close_user(email: str):
     """Close the account of EMAIL: its key is refused from now on, its trades stay."""
-    User.close(User.id_of(email))
+    User.close(User.with_open_account(f"of {email}", email=email.lower()).id)
     click.echo(f"The account of {email} is closed.")
 
 
@@ -113,8 +114,7 @@ def record(tickers: tuple[str, ...], period: str, output):
                 raise click.ClickException(f"{text}: {reason}.") from None
             if odd:
                 warnings.append(f"{ticker}: left out {odd} days whose close is 0 to 8 decimals, or no price.")
-            for day, bar_of_day in days.items():
-                *numbers, dividend, split = bar_of_day
+            for day, (*numbers, dividend, split) in days.items():
                 row = ["" if number is None else plain(number) for number in numbers]
                 row += [plain(dividend) if dividend else "", written(split) if split != ONE else ""]
                 rows[f"{day}T00:00:00Z", ticker] = row

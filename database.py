@@ -45,9 +45,6 @@ class ScaledInteger(sa.types.TypeDecorator):
     def process_bind_param(self, value, dialect):
         return None if value is None else int(value.scaleb(8))
 
-    def process_literal_param(self, value, dialect):
-        return str(self.process_bind_param(value, dialect))
-
     def process_result_value(self, value, dialect):
         return None if value is None else Decimal(value).scaleb(-8)
 
@@ -207,8 +204,7 @@ def begin_on_sqlite(connection: sa.Connection) -> None:
 
     Of two that begin without it, and want to write later, one must fail.
     """
-    if begins := connection.get_execution_options().get("begin", "BEGIN"):
-        connection.exec_driver_sql(begins)
+    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
 
 
 # -------------------------------------------------------------------------------------- Connections
@@ -324,15 +320,12 @@ def as_sqlalchemy_has_it(error: Exception, connection: sa.PoolProxiedConnection 
     dialect = db.engine.dialect
     lost = True  # If there was none to be had.
     if connection:
-        driver = connection.driver_connection
-        lost = (
-            is_unusable(error) or dialect.is_disconnect(error, driver, None) or getattr(driver, "closed", 0)
-        )
+        lost = is_unusable(error) or dialect.is_disconnect(error, connection.driver_connection, None)
     if connection and lost:
         connection.invalidate(error)
         db.engine.dispose()  # Those that wait in the pool are as old.
     kind = dialect.dbapi.Error
-    return DBAPIError.instance("", None, error, kind, connection_invalidated=bool(lost), dialect=dialect)
+    return DBAPIError.instance("", None, error, kind, connection_invalidated=lost, dialect=dialect)
 
 
 pinging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ping")
@@ -348,14 +341,13 @@ def database_health() -> DatabaseHealth:
             connection.exec_driver_sql("SELECT 1")
         return round((time.perf_counter() - started) * 1000, 2)
 
-    engine = database.dialect.name
     answer = pinging.submit(ping)
     try:
-        latency = answer.result(timeout=0.5)
+        status, latency = "healthy", answer.result(timeout=0.5)
     except (TimeoutError, DBAPIError, sa.exc.TimeoutError):
         answer.cancel()  # If the ping before this one still hangs, this one is not needed either.
-        return {"status": "unhealthy", "engine": engine, "latency_ms": None}
-    return {"status": "healthy", "engine": engine, "latency_ms": latency}
+        status, latency = "unhealthy", None
+    return {"status": status, "engine": database.dialect.name, "latency_ms": latency}
 
 
 def database_says(error: DBAPIError) -> str:

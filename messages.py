@@ -113,10 +113,8 @@ def iso(moment: datetime) -> str:
 
 def moment_from(text: str) -> datetime:
     """The moment in an RFC 3339 text such as `2012-06-01T00:00:00Z`, in UTC; else ValueError."""
-    if not isinstance(text, str) or not re.fullmatch(
-        r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})",
-        text,
-    ):
+    rfc3339 = r"[0-9]{4}(-[0-9]{2}){2}[Tt]([0-9]{2}:){2}[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+    if not isinstance(text, str) or not re.fullmatch(rfc3339, text):
         raise ValueError("must be a time such as 2012-06-01T00:00:00Z")
     try:
         return datetime.fromisoformat(text.upper()).astimezone(UTC)
@@ -230,11 +228,9 @@ def checked_decimal(value) -> Decimal:
     return value
 
 
-def checked_amount(
-    value, rounding: str = ROUND_HALF_EVEN, least: Decimal = UNIT, limit=ORDER_LIMIT
-) -> Decimal:
+def checked_amount(value, rounding=ROUND_HALF_EVEN, least=UNIT, limit=ORDER_LIMIT) -> Decimal:
     """A price, or with another rounding a quantity, to 8 decimals: bots keep their books in binary floats."""
-    value = value if isinstance(value, Decimal) else checked_decimal(value)
+    value = checked_decimal(value)
     # Compared before it is rounded: a number may have a million digits before its point.
     exact = value.quantize(UNIT, rounding) if -limit < value < limit else value
     if not least <= exact < limit:
@@ -386,13 +382,12 @@ class Sized(Asked):
     @classmethod
     def taken(cls, quantity, fields: ValidationInfo):
         """`all`, or the quantity as it is taken: a purchase must not come to more than was asked."""
+        is_purchase = fields.data.get("action") == "buy"
         if isinstance(quantity, str) and quantity.lower() == "all":
-            if fields.data.get("action") == "buy":
+            if is_purchase:
                 raise ValueError("must be a number in a purchase")
             return "all"
-        return checked_amount(
-            quantity, ROUND_FLOOR if fields.data.get("action") == "buy" else ROUND_HALF_EVEN
-        )
+        return checked_amount(quantity, ROUND_FLOOR if is_purchase else ROUND_HALF_EVEN)
 
     @model_validator(mode="after")
     def needs_a_size(self):
@@ -832,12 +827,8 @@ class Problem(TypedDict):
 class ExactJSON(JSONProvider):
     """JSON with the exact digits of Decimals, times in UTC ending in `Z`, and a newline at the end."""
 
-    def dumps(self, document, **options) -> str:
-        return self.response(document).get_data(as_text=True)
-
-    def response(self, document) -> Response:
-        body = orjson.dumps(document, in_json, orjson.OPT_APPEND_NEWLINE | orjson.OPT_PASSTHROUGH_DATETIME)
-        return Response(body, mimetype="application/json")
+    def dumps(self, document, **options) -> bytes:
+        return orjson.dumps(document, in_json, orjson.OPT_APPEND_NEWLINE | orjson.OPT_PASSTHROUGH_DATETIME)
 
 
 def in_json(value: Decimal | datetime) -> orjson.Fragment | str:

@@ -139,20 +139,12 @@ class User(db.Model):
         return user.id, api_key
 
     @classmethod
-    def id_of(cls, email: str) -> int:
-        """The id of the open account of `email`; `Refused` if there is none."""
-        user_id = db.session.scalar(sa.select(cls.id).filter_by(email=email.lower(), closed_at=None))
-        if user_id is None:
-            raise Refused("not_found", f"There is no open account of {email}.")
-        return user_id
-
-    @classmethod
-    def key_hash_of(cls, user_id: int) -> str:
-        """The hash of the key of that open account; `Refused` if there is none."""
-        key_hash = db.session.scalar(sa.select(cls.api_key_hash).filter_by(id=user_id, closed_at=None))
-        if key_hash is None:
-            raise Refused("not_found", f"There is no open account with the id {user_id}.")
-        return key_hash
+    def with_open_account(cls, said: str, **which) -> "User":
+        """The one user of whom that is true; `Refused`, as `said`, where there is no such open account."""
+        user = db.session.scalar(sa.select(cls).filter_by(**which, closed_at=None))
+        if user is None:
+            raise Refused("not_found", f"There is no open account {said}.")
+        return user
 
     @classmethod
     def all(cls) -> Sequence[tuple["User", Decimal]]:
@@ -177,8 +169,7 @@ class User(db.Model):
     def close(cls, user_id: int) -> None:
         """Close the account: its key is refused from now on, its trades stay."""
         with transaction(user_id):
-            user = cls.locked(user_id)
-            user.closed_at = now()
+            cls.locked(user_id).closed_at = now()
             db.session.get(Account, user_id).settled_at = None
             for order in PlacedOrder.working(user_id):
                 order.close("canceled", (), "The account was closed.")
@@ -186,17 +177,18 @@ class User(db.Model):
     @classmethod
     def locked(cls, user_id: int) -> "User":
         """The user, at a moment when no trade of his is under way; `Refused` if there is no open account."""
-        account = db.session.get(Account, user_id, with_for_update=True)
-        user = account and db.session.get(cls, user_id)
-        if not user or user.closed_at:
-            raise Refused("not_found", f"There is no open account with the id {user_id}.")
-        return user
+        db.session.get(Account, user_id, with_for_update=True)
+        return cls.with_open_account(f"with the id {user_id}", id=user_id)
 
     def to_dict(self, cash_balance: Decimal) -> UserAnswer:
         return told(UserAnswer, self, user_id=self.id, cash_balance=cash_balance)
 
 
 # ---------------------------------------------------------------------------------------- Holdings
+
+
+def too_much(sentence: str, limit: Decimal | int = ACCOUNT_LIMIT) -> Refused:
+    return Refused("limit_exceeded", sentence, limit=limit)
 
 
 class HoldingAnswer(TypedDict):
@@ -237,11 +229,7 @@ class Holding(db.Model):
     def add(self, quantity: Decimal, cost: Decimal) -> None:
         """Put `quantity` in, which cost `cost` dollars, commission included."""
         if max(self.quantity + quantity, self.cost_basis + cost) >= ACCOUNT_LIMIT:
-            raise Refused(
-                "limit_exceeded",
-                f"A holding stays below {ACCOUNT_LIMIT} shares and dollars of cost.",
-                limit=ACCOUNT_LIMIT,
-            )
+            raise too_much(f"A holding stays below {ACCOUNT_LIMIT} shares and dollars of cost.")
         self.quantity += quantity
         self.cost_basis += cost
 
@@ -414,11 +402,6 @@ class Trade(db.Model):
         else:
             trade.price, trade.total_amount = action.amount, value_of(quantity, action.amount)
         return trade
-
-    @classmethod
-    def of(cls, user_id: int, trade_id: int) -> "Trade | None":
-        """The trade `trade_id`, if it is the user's own."""
-        return db.session.scalar(sa.select(cls).filter_by(user_id=user_id, id=trade_id))
 
     def change(self: "Trade | sa.Row") -> Decimal:
         """By how much it changes its holding. A split's shares are rounded down to 8 decimals."""
@@ -662,11 +645,6 @@ class Pin(db.Model):
         pins = sa.select(cls).where(cls.id.in_(last), cls.price.is_not(None)).order_by(cls.ticker)
         return {pin.ticker: pin.price for pin in db.session.scalars(pins)}
 
-    @classmethod
-    def of(cls, user_id: int) -> Sequence[sa.Row]:
-        """Every pin that the user has set or let go, the oldest first."""
-        return db.session.execute(sa.select(cls.__table__).filter_by(user_id=user_id).order_by(cls.id)).all()
-
 
 class Stretch(db.Model):
     """Recorded time that the clock of an account's sample market has passed, with the pins of one moment.
@@ -711,11 +689,6 @@ class Stretch(db.Model):
         can_reach = (table.c.id == last.scalar_subquery()) & (table.c.first_bar <= here)
         if not db.session.execute(sa.update(table).where(can_reach).values(last_bar=here)).rowcount:
             cls.begin(account)
-
-    @classmethod
-    def of(cls, user_id: int) -> Sequence[sa.Row]:
-        """All that the user's clock has passed, the oldest first."""
-        return db.session.execute(sa.select(cls.__table__).filter_by(user_id=user_id).order_by(cls.id)).all()
 
 
 def in_lieu(split: Trade | sa.Row) -> Decimal:
@@ -883,7 +856,7 @@ class Account(db.Model):
     ) -> Trade:
         """Buy or sell `quantity` at `price`, where the market asks what `quote` says."""
         if price >= ORDER_LIMIT:
-            raise Refused("limit_exceeded", f"A price stays below {ORDER_LIMIT}.", limit=ORDER_LIMIT)
+            raise too_much(f"A price stays below {ORDER_LIMIT}.", ORDER_LIMIT)
         total = value_of(quantity, price, ROUND_CEILING if action == "buy" else ROUND_FLOOR)
         trade = Trade(
             user_id=self.user_id,
@@ -920,7 +893,7 @@ class Account(db.Model):
                 )
         if not UNIT <= quantity < ORDER_LIMIT:
             sentence = f"That comes to {plain(quantity)}; a quantity is above 0 and below {ORDER_LIMIT}."
-            raise Refused("limit_exceeded", sentence, limit=ORDER_LIMIT)
+            raise too_much(sentence, ORDER_LIMIT)
         return quantity
 
     def buy(self, trade: Trade, holding: Holding) -> None:
@@ -957,15 +930,13 @@ class Account(db.Model):
                 available=self.buying_power + trade.total_amount,
             )
         if max(trade.total_amount, self.cash_balance + proceeds) >= ACCOUNT_LIMIT:
-            raise Refused(
-                "limit_exceeded",
+            raise too_much(
                 f"This brings {plain(proceeds)}, you have {plain(self.cash_balance)}, "
-                f"and cash stays below {ACCOUNT_LIMIT}.",
-                limit=ACCOUNT_LIMIT,
+                f"and cash stays below {ACCOUNT_LIMIT}."
             )
         cost = holding.cost_of(trade.quantity)
         if proceeds - cost < -ACCOUNT_LIMIT:
-            raise Refused("limit_exceeded", f"A loss ends at {ACCOUNT_LIMIT}.", limit=ACCOUNT_LIMIT)
+            raise too_much(f"A loss ends at {ACCOUNT_LIMIT}.")
         holding.remove(trade.quantity, cost)
         trade.realized_pnl = proceeds - cost
         self.cash_balance += proceeds
@@ -973,9 +944,8 @@ class Account(db.Model):
     def need_cash(self, cost: Decimal) -> None:
         """Raises `Refused` where it has less than `cost` dollars that are not held back."""
         if cost > self.buying_power:
-            held_back = (
-                self.reserved_cash and f", {plain(self.reserved_cash)} of it held back for open orders"
-            )
+            reserved = self.reserved_cash
+            held_back = reserved and f", {plain(reserved)} of it held back for open orders"
             raise Refused(
                 "insufficient_funds",
                 f"This costs {plain(cost)} and you have {plain(self.cash_balance)}{held_back or ''}.",
@@ -1014,22 +984,16 @@ class Account(db.Model):
         the market's day, `old` the order in whose place it comes.
         """
         order, brought = self.written(wanted, usable(quote, wanted.action), costs, day, old, own)
-        holding = self.holding(order.ticker)
-        passed = Passed.at(quote.market_time, quote.price, quote.source)
         for candidate in (order, *brought):
             if candidate.status == "open" and order.status == "open":
-                self.fill_at_once(candidate, passed, quote, holding, costs)
+                self.fill_at_once(candidate, quote, costs)
         for resting in (order, *brought[:1]):
             if resting.is_working:
-                self.hold_back(resting, holding, costs)
+                self.hold_back(resting, costs)
         if order.status == "open" and order.time_in_force in ("ioc", "fok"):
             order.close("canceled", self.orders, f"The market was at {plain(quote.price)}.")
         if sum(one.is_working for one in self.orders) > ORDERS_LIMIT:
-            raise Refused(
-                "limit_exceeded",
-                f"An account has at most {ORDERS_LIMIT} open and held orders.",
-                limit=Decimal(ORDERS_LIMIT),
-            )
+            raise too_much(f"An account has at most {ORDERS_LIMIT} open and held orders.", ORDERS_LIMIT)
         # A quote can be older than what the others have seen: that of a ticker which the market has no more.
         self.are_settled(self.settled_at or (quote.timestamp if quote.valid_until else now()))
         return order
@@ -1070,32 +1034,23 @@ class Account(db.Model):
         self.orders = [*(one for one in self.orders if one not in brought), order, *brought]
         return order, brought
 
-    def fill_at_once(
-        self, order: PlacedOrder, passed: Passed, quote: Quote, holding: Holding, costs: Costs
-    ) -> None:
+    def fill_at_once(self, order: PlacedOrder, quote: Quote, costs: Costs) -> None:
         """Fill an order that is being placed, if the market is there already, and for no other price."""
-        market_price = quote.price if order.order_type == "market" else order.due_price(passed)
-        if market_price is None:
+        price, passed = quote.price, Passed.at(quote.market_time, quote.price, quote.source)
+        if order.order_type != "market" and order.due_price(passed) is None:
             return
-        price = quote.price
         if not order.is_limit:
             if order.limit_price and order.is_jumped_over(price):
                 order.is_triggered = True
                 return
             price = order.within_limit(costs.slipped(order.action, price), order.limit_price)
-        self.fill_placed(order, price, quote, holding, costs)
+        self.fill_placed(order, price, quote, costs)
 
     def fill_placed(
-        self,
-        order: PlacedOrder,
-        price: Decimal,
-        quote: Quote,
-        holding: Holding,
-        costs: Costs,
-        moment: datetime | None = None,
+        self, order: PlacedOrder, price: Decimal, quote: Quote, costs: Costs, moment: datetime | None = None
     ) -> Trade:
         """Book the trade that fills `order`, out of what was held back for it, at `moment` or now."""
-        orders, pair = self.orders, order.pair_among(self.orders)
+        orders, pair, holding = self.orders, order.pair_among(self.orders), self.holding(order.ticker)
         self.orders = [other for other in orders if other not in (order, pair)]
         try:
             trade = self.exchange(order.action, order.quantity, price, quote, holding, costs)
@@ -1108,7 +1063,7 @@ class Account(db.Model):
         order.close("filled", orders)
         return trade
 
-    def hold_back(self, order: PlacedOrder, holding: Holding, costs: Costs) -> None:
+    def hold_back(self, order: PlacedOrder, costs: Costs) -> None:
         """Reserve what the fill of `order` may need, so that no fill ever fails for it.
 
         A purchase: what it costs at its worst price. A sale: its shares, and what the least commission may
@@ -1121,7 +1076,7 @@ class Account(db.Model):
             order.reserved_cash = total + order.commission
             return
         if order.status == "open":
-            self.need_shares(order.quantity, holding, order.group)
+            self.need_shares(order.quantity, self.holding(order.ticker), order.group)
         most, sales = Decimal(0), [o for o in self.orders if o.group == order.group and o.action == "sell"]
         sales = [sale for sale in sales if sale.is_working]
         for sale in sales:
@@ -1180,7 +1135,6 @@ class Account(db.Model):
                 trades += self.undergo(due, costs, tick.shown_at or moment)
                 continue
             order, passed, market_price = due
-            holding = self.holding(order.ticker)
             price = order.own_price
             if not order.is_limit:
                 price = order.within_limit(costs.slipped(order.action, market_price), order.limit)
@@ -1188,7 +1142,7 @@ class Account(db.Model):
                 ticker=order.ticker, price=market_price, source=passed.source, market_time=passed.market_time
             )
             try:
-                trades.append(self.fill_placed(order, price, quote, holding, costs, tick.shown_at))
+                trades.append(self.fill_placed(order, price, quote, costs, tick.shown_at))
             except Refused as refusal:
                 order.close("canceled", self.orders, refusal.detail)
         self.acted_at = moment
@@ -1216,11 +1170,10 @@ class Account(db.Model):
             except Refused as refusal:
                 log.warning("user %s: %s is left away: %s", self.user_id, action, refusal.detail)
                 return []
-            trade.cash_after = self.cash_balance
             self.book(trade, holding, f"{BY_ITSELF} {action.number or uuid4()}")
             trades.append(trade)
         if action.kind == "split":
-            self.split_orders(action, holding, costs)
+            self.split_orders(action, costs)
         return trades
 
     def entitled(self, action: CorporateAction, holding: Holding, moment: datetime) -> Decimal:
@@ -1256,41 +1209,36 @@ class Account(db.Model):
             self.need_cash(-cash)
         left = holding.quantity + change
         if max(left, self.cash_balance + cash) >= ACCOUNT_LIMIT:
-            raise Refused(
-                "limit_exceeded", f"A holding and cash stay below {ACCOUNT_LIMIT}.", limit=ACCOUNT_LIMIT
-            )
+            raise too_much(f"A holding and cash stay below {ACCOUNT_LIMIT}.")
         cost = holding.cost_of(taken) if left else holding.cost_basis
         if cash - cost < -ACCOUNT_LIMIT:
-            raise Refused("limit_exceeded", f"A loss ends at {ACCOUNT_LIMIT}.", limit=ACCOUNT_LIMIT)
+            raise too_much(f"A loss ends at {ACCOUNT_LIMIT}.")
         holding.remove(-change, cost)
         trade.realized_pnl = cash - cost
         self.cash_balance += cash
+        trade.cash_after = self.cash_balance
 
-    def split_orders(self, action: CorporateAction, holding: Holding, costs: Costs) -> None:
+    def split_orders(self, action: CorporateAction, costs: Costs) -> None:
         """Have open orders ask for the same in new shares, and hold back anew what that may cost."""
         orders = [order for order in self.orders if order.is_working and order.ticker == action.ticker]
         if action.number is not None:  # A late one: what was placed meanwhile was meant in new shares.
             orders = [order for order in orders if order.market_time < action.ex_at]
-        is_left = [order.split(action.ratio) for order in orders]
-        for order, is_possible in zip(orders, is_left, strict=True):
-            if not is_possible and order.is_working:
-                order.close(
-                    "canceled", self.orders, f"A split of {ratio_text(action.ratio)} leaves no such order."
-                )
+        split = f"A split of {ratio_text(action.ratio)}"
+        for order in orders:
+            if not order.split(action.ratio) and order.is_working:
+                order.close("canceled", self.orders, f"{split} leaves no such order.")
         for order in orders:
             try:
                 if order.is_working:
                     order.reserved_cash = Decimal(0)
-                    self.hold_back(order, holding, costs)
+                    self.hold_back(order, costs)
             except Refused as refusal:
                 order.close("canceled", self.orders, refusal.detail)
         for order in reversed(self.orders):  # A late one may take shares that were promised since.
-            if self.reserved_shares(action.ticker) <= holding.quantity:
+            if self.reserved_shares(action.ticker) <= self.holding(action.ticker).quantity:
                 break
             if (order.ticker, order.action, order.status) == (action.ticker, "sell", "open"):
-                order.close(
-                    "canceled", self.orders, f"A split of {ratio_text(action.ratio)} has left too few shares."
-                )
+                order.close("canceled", self.orders, f"{split} has left too few shares.")
 
     def correct(self, wanted: Correction, market_time: datetime) -> Trade:
         """Change the account as an admin wants it, where neither the market nor a trade can."""
@@ -1309,7 +1257,6 @@ class Account(db.Model):
             created_at=now(),
         )
         self.receive(trade, holding)
-        trade.cash_after = self.cash_balance
         return trade
 
     # The database.
@@ -1362,16 +1309,6 @@ class Account(db.Model):
         self.knows_all_held = not which
 
     @classmethod
-    def cash_and_reserve(cls, user_id: int) -> tuple[Decimal, Decimal]:
-        """The cash of an account with open orders and what of it is held back, of one moment, in dollars."""
-        open_orders = PlacedOrder.user_id == cls.user_id, PlacedOrder.closed_at.is_(None)
-        reserve = sa.select(sa.func.sum(PlacedOrder.reserved_cash)).where(*open_orders).scalar_subquery()
-        cash, reserved = db.session.execute(
-            sa.select(cls.cash_balance, reserve).filter_by(user_id=user_id)
-        ).one()
-        return cash, reserved or Decimal(0)
-
-    @classmethod
     def with_orders(cls, user_id: int) -> "Account":
         """The account and its working orders, of one moment, unlocked."""
         both = sa.select(cls, PlacedOrder).outerjoin(
@@ -1413,8 +1350,7 @@ class Account(db.Model):
         if not found:
             raise unauthorized()
         own, *holdings = found
-        columns = {"user_id": user_id} | {name: getattr(own, name) for name in BALANCE_NAMES}
-        account = cls(**columns)
+        account = cls(**{column.name: getattr(own, column.name) for column in ACCOUNT})
         if account.settled_at:
             with snapshot():
                 account = cls.with_orders(user_id)
@@ -1538,13 +1474,11 @@ INSERT_TRADE = (
 )
 # The account is the first row, which is of no holding; in those of the holdings it has no columns.
 HOLDING = [Holding.ticker, Holding.quantity, Holding.cost_basis]
-BALANCES = [column for column in ACCOUNT if column.name not in ("user_id", "updated_at")]
-BALANCE_NAMES = [column.name for column in BALANCES]
 ACCOUNT_WITH_HOLDINGS = sa.union_all(
-    sa.select(*(sa.type_coerce(sa.null(), column.type).label(column.name) for column in HOLDING), *BALANCES)
+    sa.select(*(sa.type_coerce(sa.null(), column.type).label(column.name) for column in HOLDING), *ACCOUNT)
     .join_from(Account, User)
     .where(OWN_ACCOUNT, HAS_THE_KEY),
-    sa.select(*HOLDING, *(sa.null() for _ in BALANCES))
+    sa.select(*HOLDING, *(sa.null() for _ in ACCOUNT))
     .join(User, User.id == Holding.user_id)
     .where(Holding.user_id == bindparam("owner"), HAS_THE_KEY),
 ).order_by(sa.nulls_first(sa.column("ticker")))
@@ -1586,7 +1520,8 @@ def send(connection: PoolProxiedConnection, *statements, **values) -> list[tuple
         cursor = connection.cursor()
         if dialect.name == "sqlite":
             for statement in script:
-                cursor.execute(statement.sql, {n: write(values[n]) for n, write in statement.writers})
+                own = {n: write(values[n]) for n, write in statement.writers}
+                cursor.execute(statement.sql, values | own)
         elif Written.can_prepare:
             known = connection.info.setdefault("prepared", {None})  # None: what needs no PREPARE.
             if new := {statement.prepare for statement in script} - known:
@@ -1634,11 +1569,8 @@ class Written:
             reads = [kind.result_processor(dialect, None) for kind in kinds]
             self.readers = [(place, read) for place, read in enumerate(reads) if read]
             kinds = {n: bind.type.dialect_impl(dialect) for n, bind in compiled.binds.items()}
-            self.writers = [(n, kind.bind_processor(dialect) or as_it_is) for n, kind in kinds.items()]
-
-
-def as_it_is(value):
-    return value
+            writes = {n: kind.bind_processor(dialect) for n, kind in kinds.items()}
+            self.writers = [(n, write) for n, write in writes.items() if write]
 
 
 written = cache(Written)

@@ -81,7 +81,7 @@ class Document:
         for rule in app.url_map.iter_rules():
             if not rule.endpoint.endswith("static") and self.describes(rule):
                 path = re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule)
-                for method in rule.methods - {"HEAD", "OPTIONS"}:
+                for method in sorted(rule.methods - {"HEAD", "OPTIONS"}):
                     self.paths[path][method.lower()] = self.operation(rule, app.view_functions[rule.endpoint])
         self.tell_problems()
         security = {
@@ -132,11 +132,9 @@ class Document:
         for name in sorted(["X-Request-Id", *getattr(route, "headers", [])]):
             yield {"name": name, "in": "header", **REQUEST_HEADERS[name]}
         parts = self.fields_of(takes["path"])
-        for name, converter in re.findall(r"<(?:(\w+)(?:\([^)]*\))?:)?(\w+)>", rule.rule) and [
-            (argument, rule.rule) for argument in sorted(rule.arguments)
-        ]:
+        for name in sorted(rule.arguments):
             number = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
-            kind = number if f":{name}>" in converter else {"type": "string"}
+            kind = number if re.search(rf"<int[^<>]*:{name}>", rule.rule) else {"type": "string"}
             yield {"name": name, "in": "path", "required": True, "schema": parts.get(name, kind)}
         for name, schema in self.fields_of(takes["query"]).items():
             required = takes["query"].model_fields[name].is_required()
@@ -172,7 +170,7 @@ class Document:
     def schema(self, answer) -> dict:
         """A reference to the schema of a request or an answer, which is told among the components."""
         schema = TypeAdapter(answer).json_schema(ref_template="#/components/schemas/{model}")
-        self.schemas |= map_values(tidy, schema.pop("$defs", {}))
+        self.schemas |= {name: tidy(part) for name, part in schema.pop("$defs", {}).items()}
         if "title" not in schema:
             return schema
         name = answer.__name__
@@ -223,19 +221,16 @@ class AlpacaDocument(Document):
         return {"default": {"description": "Why not", "headers": {}, "content": content}}
 
 
-def map_values(function, members: dict) -> dict:
-    return {name: function(value) for name, value in members.items()}
-
-
 def tidy(schema: dict) -> dict:
     """Pydantic's schema without its titles, and without the None that stands for "left out"."""
 
     def less(schema: dict) -> dict:
         return {n: v for n, v in schema.items() if n != "title" and (n, v) != ("default", None)}
 
-    return less(schema) | (
-        {"properties": map_values(less, schema["properties"])} if "properties" in schema else {}
-    )
+    told = less(schema)
+    if "properties" in schema:
+        told["properties"] = {name: less(part) for name, part in schema["properties"].items()}
+    return told
 
 
 def headers(names: Iterable[str]) -> dict:

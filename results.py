@@ -277,18 +277,21 @@ class Books:
 
     @classmethod
     def of(cls, user_id: int) -> "Books":
+        def rows_of(kind) -> Sequence[sa.Row]:
+            own = sa.select(kind.__table__).filter_by(user_id=user_id).order_by(kind.id)
+            return db.session.execute(own).all()
+
         with snapshot():
             account = db.session.get(Account, user_id)
             holdings = db.session.execute(sa.select(Holding.__table__).filter_by(user_id=user_id)).all()
             ended = db.session.scalars(sa.select(Run).filter_by(user_id=user_id).order_by(Run.run))
             runs = {run.run: run for run in ended}
             trades, stretches = defaultdict(list), defaultdict(list)
-            all_trades = sa.select(Trade.__table__).filter_by(user_id=user_id).order_by(Trade.id)
-            for trade in db.session.execute(all_trades):
+            for trade in rows_of(Trade):
                 trades[trade.run].append(trade)
-            for stretch in Stretch.of(user_id):
+            for stretch in rows_of(Stretch):
                 stretches[stretch.run].append(stretch)
-            pins = Pin.of(user_id)
+            pins = rows_of(Pin)
             own_orders = sa.select(PlacedOrder).filter_by(user_id=user_id).order_by(PlacedOrder.id)
             orders = db.session.scalars(own_orders).all()
             actions = {f"{BY_ITSELF} {action.number}": action for action in CorporateAction.after(0)}

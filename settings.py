@@ -38,7 +38,7 @@ def checked_cost(most: int):
 
 
 def checked_sources(text: str) -> list[str]:
-    sources = [source.strip() for source in text.lower().split(",")]
+    sources = list(dict.fromkeys(source.strip() for source in text.lower().split(",")))
     if sources != ["sample"] and not set(sources) <= {"yahoo", "alphavantage"}:
         raise ValueError("name yahoo, alphavantage or both, or sample alone.")
     return sources

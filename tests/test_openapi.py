@@ -78,6 +78,11 @@ def test_the_face_for_alpacas_clients_is_described_beside_it(server, app):
     assert {"symbol", "side", "client_order_id"} < set(
         told["components"]["schemas"][order["$ref"].split("/")[-1]]["properties"]
     )
+    operations = [operation for methods in told["paths"].values() for operation in methods.values()]
+    parts = [part for operation in operations for part in operation["parameters"] if part["in"] == "path"]
+    assert {(part["name"], part["schema"]["type"]) for part in parts} == {
+        (name, "string") for name in ("activity", "id", "kind", "symbol")
+    }
 
 
 def test_each_route_tells_its_own_refusals(description):

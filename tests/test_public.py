@@ -109,7 +109,7 @@ def test_what_a_client_asks_for_is_harmless_in_the_log(server):
 
 def test_the_log_has_a_line_for_what_only_browsers_ask_whatever_the_server(app, caplog):
     """`RAW_URI` is gunicorn's alone, and what a browser asks first never comes to the app."""
-    gate = app.public.Gate(lambda environ, start: [], {ORIGIN}, app.app.logger)
+    gate = app.public.Gate(lambda environ, start: [], {ORIGIN})
     asked = {"REQUEST_METHOD": "OPTIONS", "PATH_INFO": "/a\nb", "QUERY_STRING": "c=1"}
     asked |= {"SERVER_PROTOCOL": "HTTP/1.1", "wsgi.url_scheme": "http", "REMOTE_ADDR": "127.0.0.1"}
     asked |= {"HTTP_ORIGIN": ORIGIN, "HTTP_ACCESS_CONTROL_REQUEST_METHOD": "POST"}
