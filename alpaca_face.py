@@ -56,7 +56,7 @@ from messages import (
 from models import Account, PortfolioAnswer, Quote, Trade, User
 from orders import PlacedOrder
 from pricing import A_MONDAY, NEW_YORK, LiveMarket, SampleMarket, joined, no_such_ticker
-from recorded import Bar
+from recorded import EPOCH, Bar
 
 PREFIX = "/alpaca/"
 
@@ -491,9 +491,6 @@ class CalendarAsked(Asked):
     end: Moment = None
 
 
-LONGEST_CALENDAR = timedelta(days=3660)
-
-
 @face.get("/v2/calendar")
 @takes(query=CalendarAsked)
 def calendar(asked: CalendarAsked) -> list[dict]:
@@ -501,7 +498,7 @@ def calendar(asked: CalendarAsked) -> list[dict]:
     start, end = (at.date() if isinstance(at, datetime) else at for at in (asked.start, asked.end))
     start = start or (end or now().date()) - timedelta(days=365)
     end = end or start + timedelta(days=730)
-    days = (start + timedelta(days=n) for n in range(min(end - start, LONGEST_CALENDAR).days + 1))
+    days = (start + timedelta(days=n) for n in range(min((end - start).days, 3660) + 1))
     hours = {"open": "09:30", "close": "16:00", "session_open": "0400", "session_close": "2000"}
     return [{"date": day.isoformat(), **hours} for day in days if day.weekday() < 5]
 
@@ -613,8 +610,7 @@ def order_key(sent: str | None) -> str:
 @takes(OrderAsked)
 def place_order(asked: OrderAsked) -> dict:
     """Place an order; a `client_order_id` that comes again with the same order answers the first one."""
-    answer, _ = broker.place(asked.meant(), order_key(asked.client_order_id), tell=order_out)
-    return answer
+    return broker.place(asked.meant(), order_key(asked.client_order_id), tell=order_out)[0]
 
 
 class OrdersAsked(Asked):
@@ -634,9 +630,7 @@ def orders(asked: OrdersAsked) -> list[dict]:
     """Your orders; with `nested` a leg stands in the order that brought it, if that is among them."""
     filters = {"since": as_moment(asked.after), "until": as_moment(asked.until), "action": asked.side}
     filters |= {"tickers": list((asked.symbols or {}).values()), "oldest_first": asked.direction == "asc"}
-    found = PlacedOrder.page(
-        g.user_id, run=g.account.run, status=asked.status, limit=asked.limit, cursor=None, **filters
-    )
+    found = PlacedOrder.page(g.user_id, run=g.account.run, status=asked.status, limit=asked.limit, **filters)
     relatives, ids = Relatives.of(*found), {order.id for order in found}
     shown = [order for order in found if not (asked.nested and order.parent_id in ids)]
     return [order_out(order, relatives, asked.nested) for order in shown]
@@ -683,8 +677,7 @@ def replace_order(asked: ChangeAsked, id: str) -> dict:
         raise Refused("not_replaceable", sentence)
     changes = {"quantity": asked.qty, "limit_price": asked.limit_price, "stop_price": asked.stop_price}
     changed, key = checked(ChangedOrder, changes), order_key(asked.client_order_id)
-    answer, _ = broker.replace(str(old.id), changed, key, tell=order_out)
-    return answer
+    return broker.replace(str(old.id), changed, key, tell=order_out)[0]
 
 
 @face.delete("/v2/orders/<id>")
@@ -723,7 +716,8 @@ def order_out(order: PlacedOrder, relatives: Relatives | None = None, nested: bo
     is_oco = any(one.id == order.group and one.action == "sell" for one in group)
     kind = "oco" if legs and is_oco else ("simple", "oto", "bracket")[len(legs)]
     shown = [] if order.parent_id or not nested else legs
-    ended = {f"{status}_at": order.closed_at if order.status == status else None for status in ENDINGS}
+    endings = ("filled", "expired", "canceled", "replaced")
+    ended = {f"{status}_at": order.closed_at if order.status == status else None for status in endings}
     return {
         "id": uuid_of(ORDER_IDS, order.id),
         "client_order_id": order.idempotency_key or uuid_of(ORDER_IDS, order.id),
@@ -758,8 +752,6 @@ def order_out(order: PlacedOrder, relatives: Relatives | None = None, nested: bo
         "reason": order.reason,
     }
 
-
-ENDINGS = ("filled", "expired", "canceled", "replaced")
 
 # --------------------------------------------------------------------------------------- Positions
 
@@ -842,8 +834,7 @@ def close(ticker: str, size: Decimal | str) -> dict:
     """One key for each position: whatever is repeated, none is sold twice."""
     asked = {"ticker": ticker, "action": "sell", "quantity": size, "order_type": "market"}
     own_key = f"{order_key(None)} {ticker}"
-    answer, _ = broker.place(checked(NewOrder, asked | {"time_in_force": "day"}), own_key, tell=order_out)
-    return answer
+    return broker.place(checked(NewOrder, asked | {"time_in_force": "day"}), own_key, tell=order_out)[0]
 
 
 class CloseAllAsked(Asked):
@@ -961,9 +952,10 @@ def found_bars(ticker: str, asked: "BarsAsked", moment: datetime) -> Found:
     if start and market.bars[0] <= start <= (end or start) <= market.bars[-1] + timedelta(days=1):
         return as_found(past, ticker, frame, start, end or moment)
     loop, coin = put_together(tape, frame, spacing), is_coin(ticker)
-    start, end = max(start or THE_FIRST, THE_FIRST), end or moment
+    # The wall clock has shown the recorded time again and again since 1970.
+    start, end = max(start or EPOCH, EPOCH), end or moment
     is_over = g.account.market_clock or not past
-    many = len(past) if is_over else (moment - THE_FIRST) // frame.step
+    many = len(past) if is_over else (moment - EPOCH) // frame.step
 
     def date_of(back: int) -> datetime:
         return dated(moment, frame, back, coin)
@@ -976,10 +968,6 @@ def found_bars(ticker: str, asked: "BarsAsked", moment: datetime) -> Found:
         return (past if back < len(past) else loop)[-1 - place]._replace(timestamp=date_of(back))
 
     return Found(range(beyond - 1, newest - 1, -1), bar)
-
-
-THE_FIRST = datetime(1970, 1, 1, tzinfo=UTC)
-"""The wall clock has shown the recorded time again and again since then."""
 
 
 def as_found(bars: Sequence[Bar], ticker: str, frame: Timeframe, start, end: datetime) -> Found:
@@ -1044,7 +1032,7 @@ def page_of(kind: str, symbols: dict[str, str], asked: BarsAsked) -> dict:
     The token has the moment at which the first page was asked for: what is dated back from it stays there.
     """
     place = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,16})", asked.page_token)
-    skip, moment = (int(place[1]), THE_FIRST + timedelta(microseconds=int(place[2]))) if place else (0, now())
+    skip, moment = (int(place[1]), EPOCH + timedelta(microseconds=int(place[2]))) if place else (0, now())
     if kind != "bars":
         asked.timeframe = MINUTES
     found = unless_all_refuse(
@@ -1058,7 +1046,7 @@ def page_of(kind: str, symbols: dict[str, str], asked: BarsAsked) -> dict:
         if chosen := places[before : before + left]:
             told[symbol] = [OF_BAR[kind](bar(place)) for place in chosen]
         left, before, total = left - len(chosen), max(before - len(places), 0), total + len(places)
-    end, micros = skip + asked.limit, (moment - THE_FIRST) // timedelta.resolution
+    end, micros = skip + asked.limit, (moment - EPOCH) // timedelta.resolution
     return {kind: told, "next_page_token": f"{end}.{micros}" if end < total else None}
 
 

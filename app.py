@@ -489,7 +489,7 @@ def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
         if price is None and ticker not in account.pins:
             return market.state(account)  # Nothing is let go, and so it is no new price.
         account.pin(ticker, price)
-        if account.orders:  # Until when they have seen the other prices does not change.
+        if account.settled_at:  # Until when open orders have seen the other prices does not change.
             show(account, market.pinned(account, ticker, account.settled_at), account.settled_at)
         return market.state(account)  # Read before it is committed: so it is safe to repeat.
 

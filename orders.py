@@ -314,8 +314,7 @@ class PlacedOrder(db.Model):
         if own != (trade.order_id, trade.run, trade.ticker, trade.trade_type, trade.quantity, trade.price):
             return False
         sign = self.sign
-        limit = self.limit_price if self.order_type != "trailing_stop" else None
-        if limit is not None and sign * (trade.price - limit) > 0:
+        if self.limit_price is not None and sign * (trade.price - self.limit_price) > 0:
             return False
         if self.order_type == "market":
             return True

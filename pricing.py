@@ -13,7 +13,7 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
@@ -79,10 +79,6 @@ BARS_HELD = 100_000
 ANSWER_BYTES = 4_000_000
 """A longer answer is no price. Past bars take 100 bytes each, and Yahoo has 25,000 days of some."""
 
-TOO_LONG = 63
-"""How curl says so: CURLE_FILESIZE_EXCEEDED."""
-
-
 COIN = r"([A-Z0-9]+)-([A-Z]{3})"
 """A coin and the currency that it is priced in."""
 
@@ -98,14 +94,6 @@ class SourceFailed(Exception):
 
 class RateLimited(SourceFailed):
     """A source asked us to slow down."""
-
-
-class NotAsked(SourceFailed):
-    """A source that is likely to fail was left in peace."""
-
-    def __init__(self, reason: str, retry_after: int = 1):
-        super().__init__(reason)
-        self.retry_after = retry_after
 
 
 class BadAnswer(SourceFailed):
@@ -144,14 +132,9 @@ def priced(ticker: str, price, currency: str | None, source: str, seen: datetime
     if currency is not None and not re.fullmatch("[A-Za-z]{1,10}", str(currency)):
         raise BadAnswer("its currency is no currency")
     moment = now()
-    market_time = min(seen or moment, moment)
+    seen = min(seen or moment, moment)
     return Quote(
-        ticker=ticker,
-        price=price,
-        currency=currency,
-        source=source,
-        timestamp=moment,
-        market_time=market_time,
+        ticker=ticker, price=price, currency=currency, source=source, timestamp=moment, market_time=seen
     )
 
 
@@ -321,12 +304,12 @@ class LiveMarket:
         self.remember(self.held, ticker, quote)
         return quote
 
-    def remember(self, cache: dict, ticker: str, answer) -> None:
+    def remember(self, cache: dict, about, answer, most: int = CACHE_SIZE, size: Callable = len) -> None:
         """Put `answer` into `cache`, and drop the oldest where it has grown too large."""
         with self.lock:
-            cache.pop(ticker, None)
-            cache[ticker] = answer
-            while len(cache) > CACHE_SIZE:
+            cache.pop(about, None)
+            cache[about] = answer
+            while size(cache.values()) > most:
                 del cache[next(iter(cache))]
 
     def published_quote(self, ticker: str) -> Quote:
@@ -415,11 +398,7 @@ class LiveMarket:
             answer = verdict.code, now() + timedelta(seconds=BAD_SECONDS)
         except SourceFailed as failure:
             raise no_price(about[0], failure.retry_after) from None
-        with self.lock:
-            self.held_bars.pop(about, None)
-            self.held_bars[about] = answer
-            while sum(len(found) + 1 for found, _ in self.held_bars.values()) > BARS_HELD:
-                del self.held_bars[next(iter(self.held_bars))]
+        self.remember(self.held_bars, about, answer, BARS_HELD, lambda all: sum(len(b) + 1 for b, _ in all))
         return answer
 
     def time(self, account=None, moment: datetime | None = None) -> datetime:
@@ -460,19 +439,15 @@ class LiveMarket:
         seen = {order.ticker: order.quote_number for order in account.orders if order.status == "open"}
         # A price that is published once more has its old time; none that is new to them is older than they.
         placed = max((order.placed_at for order in account.orders), default=moment)
-        ticks = [
-            Tick(max(quote.timestamp, placed), {quote.ticker: self.passed_at(quote)})
-            for quote in Quote.after(seen)
-        ]
+        ticks = []
+        for quote in Quote.after(seen):
+            market_time = quote.market_time or quote.timestamp
+            passed = Passed.at(market_time, quote.price, quote.source, quote.number, quote.stale)
+            ticks.append(Tick(max(quote.timestamp, placed), {quote.ticker: passed}))
         actions = CorporateAction.after(account.actions_seen) if self.with_actions else ()
         news = [Tick(action.published_at, {}, [action]) for action in actions]
         ticks = sorted([*news, *ticks], key=attrgetter("moment"))
         return [*ticks, Tick(moment, {})]  # By which a day may have ended.
-
-    @staticmethod
-    def passed_at(quote: Quote) -> Passed:
-        seen = quote.market_time or quote.timestamp
-        return Passed.at(seen, quote.price, quote.source, quote.number, quote.stale)
 
     def day(self, ticker: str, moment: datetime) -> date:
         """The day of trading in `ticker`: a coin's is UTC's, a share's ends at 16:00 in New York."""
@@ -554,11 +529,13 @@ class Source:
         """Ask, unless it rests; after a rest one question at a time finds out whether it is back."""
         seconds = self.rests_until - time.monotonic()
         if seconds > 0:
-            raise NotAsked("it rests", ceil(seconds))
+            failure = SourceFailed("it rests")
+            failure.retry_after = ceil(seconds)
+            raise failure
         if not self.is_in_doubt:
             return self.counted(ask, ticker, *more)
         if not self.finding_out.acquire(blocking=False):
-            raise NotAsked("it rests")
+            raise SourceFailed("it rests")
         try:
             return self.counted(ask, ticker, *more)
         finally:
@@ -569,8 +546,6 @@ class Source:
             answer = ask(ticker, *more)
         except NoSuchTicker:
             self.is_there(answers=1)
-            raise
-        except NotAsked:
             raise
         except SourceFailed as failure:
             self.note(ticker, failure)
@@ -760,17 +735,15 @@ class Yahoo(Source):
             self.first_turn.release()
 
     def chart(self, ticker: str, **period: str | int) -> dict:
-        try:
-            with self.turn():
+        with self.turn():
+            try:
                 response = self.session.get(self.URL + escaped(ticker), period)
-        except SourceFailed:
-            raise
-        except Exception as error:  # yfinance raises whatever it stumbles over in a strange answer.
-            if type(error).__name__ == "YFRateLimitError":
-                raise RateLimited("it says that we ask too often") from None
-            if getattr(error, "code", None) == TOO_LONG:
-                raise BadAnswer("its answer is too long") from None
-            raise SourceFailed(f"no answer ({type(error).__name__})") from None
+            except Exception as error:  # yfinance raises whatever it stumbles over in a strange answer.
+                if type(error).__name__ == "YFRateLimitError":
+                    raise RateLimited("it says that we ask too often") from None
+                if getattr(error, "code", None) == 63:  # How curl says so: CURLE_FILESIZE_EXCEEDED.
+                    raise BadAnswer("its answer is too long") from None
+                raise SourceFailed(f"no answer ({type(error).__name__})") from None
         if response.status_code not in (200, 404):
             raise failure_of(response.status_code)
         answer = parsed(response.content)
@@ -800,40 +773,33 @@ class AlphaVantage(Source):
         self.api_key = api_key
 
     def ask(self, ticker: str, since: datetime | None = None) -> Quote:
-        coin = re.fullmatch(COIN, ticker)
-        if coin:
-            answer = self.answer_to(
-                function="CURRENCY_EXCHANGE_RATE", from_currency=coin[1], to_currency=coin[2]
-            )
-        else:
-            answer = self.answer_to(function="GLOBAL_QUOTE", symbol=ticker)
-            if answer.get("Global Quote") == {} and re.fullmatch(SHARE_CLASS, ticker):
-                answer = self.answer_to(function="GLOBAL_QUOTE", symbol=ticker.replace("-", "."))
         try:
-            if coin and "Error Message" in answer and "apikey" not in answer["Error Message"]:
-                raise NoSuchTicker
-            if coin:
+            if coin := re.fullmatch(COIN, ticker):
+                pair = {"from_currency": coin[1], "to_currency": coin[2]}
+                answer = self.answer_to(function="CURRENCY_EXCHANGE_RATE", **pair)
+                if "Error Message" in answer and "apikey" not in answer["Error Message"]:
+                    raise NoSuchTicker
                 rate = answer["Realtime Currency Exchange Rate"]
                 seen = local_time(rate.get("6. Last Refreshed"), rate.get("7. Time Zone", "UTC"))
                 return priced(ticker, rate["5. Exchange Rate"], rate["3. To_Currency Code"], self.name, seen)
-            if answer["Global Quote"] == {}:
+            answer = self.answer_to(function="GLOBAL_QUOTE", symbol=ticker)
+            if answer["Global Quote"] == {} and re.fullmatch(SHARE_CLASS, ticker):
+                answer = self.answer_to(function="GLOBAL_QUOTE", symbol=ticker.replace("-", "."))
+            share = answer["Global Quote"]
+            if share == {}:
                 raise NoSuchTicker
             currency = None if "." in ticker else "USD"
-            seen = local_time(answer["Global Quote"].get("07. latest trading day"))
-            return priced(ticker, answer["Global Quote"]["05. price"], currency, self.name, seen)
+            seen = local_time(share.get("07. latest trading day"))
+            return priced(ticker, share["05. price"], currency, self.name, seen)
         except (KeyError, TypeError, AttributeError):
             raise BadAnswer("its answer has no price") from None
 
     def answer_to(self, **question) -> dict:
         """Its JSON. Exceptions of requests carry the URL, and so the key: only their names go on."""
+        question |= {"apikey": self.api_key}
+        how = {"timeout": REQUEST_SECONDS, "allow_redirects": False, "stream": True}
         try:
-            with requests.get(
-                self.URL,
-                params={**question, "apikey": self.api_key},
-                timeout=REQUEST_SECONDS,
-                allow_redirects=False,
-                stream=True,
-            ) as response:
+            with requests.get(self.URL, question, **how) as response:
                 body, deadline = b"", time.monotonic() + REQUEST_SECONDS
                 while part := response.raw.read1(ANSWER_BYTES, decode_content=True):
                     body += part
@@ -884,9 +850,8 @@ def candles(chart: dict) -> Iterator[tuple[datetime, list[Decimal | None]]]:
     """
     moments, columns = chart.get("timestamp", []), chart["indicators"]["quote"][0]
     zone, unknown = zone_of(chart["meta"]), [None] * len(moments)
-    lists = [columns.get(field) or unknown for field in FIELDS]
     # Which row is which in a list of another length, nobody knows.
-    lists = [values if len(values) == len(moments) else unknown for values in lists]
+    lists = [v if len(v := columns.get(field) or ()) == len(moments) else unknown for field in FIELDS]
     for at, *prices, volume in zip(moments, *lists, strict=True):
         if prices[-1] is not None:
             moment = (EPOCH + timedelta(seconds=int(at))).astimezone(zone)
@@ -894,18 +859,13 @@ def candles(chart: dict) -> Iterator[tuple[datetime, list[Decimal | None]]]:
             yield moment, [*map(price_meant, prices), rounded(volume) if is_volume else Decimal(0)]
 
 
-Splits = list[tuple[datetime, Fraction]]
-"""When each is in force (UTC), in that order, and how many new shares there are for an old one."""
-
-Dividends = list[tuple[datetime, Decimal]]
-"""From when on each is no longer bought with the share (UTC), in that order, and what is paid for one."""
-
 MOST_SPLITS = 100
 """In one answer. No share has had as many, and exact ratios that are multiplied grow longer and longer."""
 
 
-def events_of(ticker: str, chart: dict) -> tuple[Splits, Dividends]:
-    """The splits and dividends in Yahoo's `chart` of a ticker, if it was asked for with `events=div,split`.
+def events_of(ticker: str, chart: dict) -> tuple[list[tuple], list[tuple]]:
+    """The splits and dividends in Yahoo's `chart` of a ticker, if it was asked for with `events=div,split`:
+    from when on each is in force (UTC), in that order, and the new shares for an old one, or what it pays.
 
     Yahoo divides what was paid, like all its prices, by the ratio of each split that came later; here it is
     what a share of that day was paid, in the ticker's own currency, to 8 decimals. A split is an exact ratio
@@ -1069,17 +1029,6 @@ def minute_of(moment: datetime) -> int:
     return int(moment.timestamp()) // BAR_SECONDS
 
 
-def minute_begins(minute: int) -> datetime:
-    return EPOCH + minute * timedelta(seconds=BAR_SECONDS)
-
-
-def iterate(step: Callable, value) -> Iterator:
-    """`value`, what `step` makes of it, what it makes of that, for ever."""
-    while True:
-        yield value
-        value = step(value)
-
-
 def step_of(bars: list[Bar]) -> timedelta:
     """How far apart two of `bars` are at the least; a single one counts as a day's."""
     return min((later.timestamp - bar.timestamp for bar, later in pairwise(bars)), default=DAY)
@@ -1163,15 +1112,10 @@ class SampleMarket:
                     prices[split.ticker] = times(back[-1].price, 1 / split.ratio)
         return back[::-1]
 
-    def next_acting(self, minute: int) -> int | None:
-        """The first minute since 1970 after that one in which the running clock shows one of `acting`."""
-        if not self.acting:
-            return None
+    def acted_by(self, minute: int) -> int:
+        """How many of `acting` the running clock has shown from 1970 until that minute."""
         round, place = divmod(minute, len(self.bars))
-        later = bisect_right(self.acting, place)
-        if later < len(self.acting):
-            return round * len(self.bars) + self.acting[later]
-        return (round + 1) * len(self.bars) + self.acting[0]
+        return round * len(self.acting) + bisect_right(self.acting, place)
 
     def number_at(self, moment: datetime) -> int:
         """The place in `bars` of the last one that is not after `moment`, or of the first one."""
@@ -1218,43 +1162,35 @@ class SampleMarket:
         minute = minute_of(now())
         if account.settled_at:
             return minute > minute_of(account.settled_at)
-        acting = account.acted_at and self.next_acting(minute_of(account.acted_at))
-        return bool(acting) and acting <= minute
+        return bool(account.acted_at) and self.acted_by(minute_of(account.acted_at)) < self.acted_by(minute)
 
     may_have_moved = is_ahead_of = has_moved
 
     def since_settled(self, account: Account, moment: datetime) -> Iterator[Tick]:
-        """The bars that the running clock has shown since the account's open orders saw one, until `moment`;
-        for an account without any, those with a split or a dividend.
-        """
-        last = minute_of(moment)
-        if account.orders:
-            minutes = iter(range(minute_of(account.settled_at) + 1, last + 1))
-        else:
-            acting = self.next_acting(minute_of(account.acted_at))
-            minutes = takewhile(lambda minute: minute <= last, iterate(self.next_acting, acting))
-        return self.ticks(account, minutes)
+        """The bars that the running clock has shown since the account has seen one, until `moment`."""
+        seen = account.settled_at or account.acted_at
+        return self.ticks(account, range(minute_of(seen) + 1, minute_of(moment) + 1))
 
     def bars_between(self, account: Account, bar: datetime) -> Iterator[Tick]:
         """The bars that the account's stopped clock passes on its way from where it stands on to `bar`."""
-        first, last = self.number_at(self.clock(account)) + 1, self.number_at(bar)
-        places = range(first, last + 1) if account.orders else self.acting
-        return self.ticks(account, (place for place in places if first <= place <= last))
+        return self.ticks(account, range(self.number_at(self.clock(account)) + 1, self.number_at(bar) + 1))
 
-    def ticks(self, account: Account, minutes: Iterable[int]) -> Iterator[Tick]:
+    def ticks(self, account: Account, minutes: range) -> Iterator[Tick]:
         """What the tickers of the account's open orders cost in each of `minutes`, which are places in
         `bars`, counted on for a clock that goes round: the row of the file, if it has one, or what the
-        account has pinned. With it come the splits and dividends.
+        account has pinned. With it come the splits and dividends; without open orders there is nothing else.
         """
         tickers, pins = {order.ticker for order in account.orders}, account.pins
         known = {}  # The clock may pass a bar a thousand times.
         for minute in minutes:
             place = minute % len(self.bars)
+            if not tickers and place not in self.actions:
+                continue
             if place not in known:
                 bar = self.bars[place]
                 passed = {ticker: self.passed_in(ticker, bar, pins.get(ticker)) for ticker in tickers}
                 known[place] = bar, {ticker: prices for ticker, prices in passed.items() if prices}
-            shown_at = None if account.market_clock else minute_begins(minute)
+            shown_at = None if account.market_clock else EPOCH + minute * timedelta(seconds=BAR_SECONDS)
             yield Tick(*known[place], self.actions.get(place, ()), shown_at)
 
     def passed_in(self, ticker: str, bar: datetime, pin: Decimal | None) -> Passed | None:
@@ -1267,7 +1203,7 @@ class SampleMarket:
         """The bar to which the clock has jumped from the one it has `left`: the splits and dividends between
         them, and one price for each ticker, its close or what is pinned.
         """
-        bar, pins, passed = self.clock(account) or self.bar_shown(moment), account.pins, {}
+        bar, pins, passed = self.time(account, moment), account.pins, {}
         for ticker in {order.ticker for order in account.orders}:
             row = self.row_at(ticker, bar)
             if price := pins.get(ticker) or (row and row.close):
@@ -1276,7 +1212,7 @@ class SampleMarket:
 
     def pinned(self, account: Account, ticker: str, moment: datetime) -> list[Tick]:
         """The one price that a ticker has from now on, as it was pinned or let go."""
-        bar = self.clock(account) or self.bar_shown(moment)
+        bar = self.time(account, moment)
         price = account.pins.get(ticker) or self.price(ticker, bar)
         return [Tick(bar, {ticker: Passed.at(bar, price, self.name)})] if price else []
 
@@ -1295,10 +1231,7 @@ class SampleMarket:
 
     def look_up(self, ticker: str, account: Account) -> Quote | Refused:
         """The price of `ticker` in dollars at the account's clock, or what the account pinned it at."""
-        minute = datetime.now(UTC).replace(second=0, microsecond=0)
-        pin = account.pins.get(ticker) if account.pin_changes else None
-        quote = self.quote_at(ticker, minute, self.clock(account), pin)
-        return quote or self.last_traded(ticker, account) or no_such_ticker(ticker)
+        return self.look_ups([ticker], account)[ticker]
 
     def quotes(self, tickers: list[str], account: Account) -> dict[str, Quote]:
         """The quotes of those `tickers` that there are, all of the same moment."""

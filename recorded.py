@@ -154,7 +154,7 @@ def read_file(
                         market[ticker][bar.timestamp] = the_one_of(known, bar, ticker)
             for ticker, columns in layout.events.items():
                 event = event_from(*[row[column] for column in columns])
-                if event is not NO_EVENT:
+                if event != NO_EVENT:
                     ticker, moment = ticker or ticker_from(row[layout.ticker]), moment_of(row, layout)
                     known = events[ticker].get(moment, NO_EVENT)
                     events[ticker][moment] = both_of(known, event, ticker, moment)
@@ -265,7 +265,7 @@ def bar_of(row: list[str], columns: list[int], layout: Layout) -> Bar | None:
     open = price_from(open) or close
     high = max(price_from(high) or close, open, close)
     low = min(price_from(low) or close, open, close)
-    return Bar(moment, open, high, low, close, volume_from(volume))
+    return Bar(moment, open, high, low, close, amount_from(volume, "volume", VOLUME_LIMIT))
 
 
 def moment_of(row: list[str], layout: Layout) -> datetime:
@@ -343,8 +343,8 @@ def time_from(text: str) -> datetime:
         moment = datetime.fromisoformat(text.upper())
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
-        pass
-    raise ValueError(f"{text[:40]!r} is no time such as 2012-06-01T00:00:00Z in the years 1 to 9999")
+        sentence = f"{text[:40]!r} is no time such as 2012-06-01T00:00:00Z in the years 1 to 9999"
+        raise ValueError(sentence) from None
 
 
 @lru_cache(maxsize=10_000)
@@ -357,25 +357,17 @@ def price_from(text: str) -> Decimal | None:
     return price.quantize(UNIT, ROUND_HALF_EVEN)
 
 
-def volume_from(text: str) -> Decimal:
-    volume = number_from(text) or ZERO
-    if not ZERO <= volume < VOLUME_LIMIT:
-        raise ValueError(f"the volume {text[:40]} is not from 0 to below {VOLUME_LIMIT}")
-    return volume.quantize(UNIT, ROUND_HALF_EVEN)
+def amount_from(text: str, what: str, limit: Decimal) -> Decimal:
+    amount = number_from(text) or ZERO
+    if not ZERO <= amount < limit:
+        raise ValueError(f"the {what} {text[:40]} is not from 0 to below {limit:.0f}")
+    return amount.quantize(UNIT, ROUND_HALF_EVEN)
 
 
 @lru_cache(maxsize=10_000)
 def event_from(dividend: str, split: str, claimed: str) -> Event:
-    """The event in these cells of a row; what most rows have is `NO_EVENT` itself."""
-    event = Event(dividend_from(dividend), split_from(split), split_from(claimed))
-    return NO_EVENT if event == NO_EVENT else event
-
-
-def dividend_from(text: str) -> Decimal:
-    dividend = number_from(text) or ZERO
-    if not ZERO <= dividend < MOST:
-        raise ValueError(f"the dividend {text[:40]} is not from 0 to below 10000000000")
-    return dividend.quantize(UNIT, ROUND_HALF_EVEN)
+    """The event in these cells of a row; most have none."""
+    return Event(amount_from(dividend, "dividend", MOST), split_from(split), split_from(claimed))
 
 
 def split_from(text: str) -> Fraction:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Annotated, NamedTuple
 
 import sqlalchemy as sa
@@ -194,13 +194,10 @@ A_YEAR = Decimal(DAYS_A_YEAR).sqrt()
 
 def max_drawdown(start: Decimal, equities: Iterable[Decimal]) -> Decimal:
     """The deepest fall below the highest equity before, as a part of that; `start` is the first peak."""
-    peak, deepest = start, ZERO
-    for equity in equities:
-        if equity > peak:
-            peak = equity
-        elif equity < peak:
-            deepest = max(deepest, (peak - equity) / peak)
-    return deepest
+    equities = [start, *equities]
+    peaks = accumulate(equities, max)
+    falls = ((peak - equity) / peak for peak, equity in zip(peaks, equities, strict=True) if peak)
+    return max(falls, default=ZERO)
 
 
 def ratio(part: Decimal, whole: Decimal) -> Decimal | None:
@@ -325,10 +322,9 @@ class Books:
                 compare(f"Trade {row.id}: total_amount", row.total_amount, total_of(trade))
                 if trade.trade_type in ACTIONS and not self.is_due(trade, holding):
                     differences.append(f"Trade {row.id} is a {trade.trade_type} that nobody has told.")
+                book = {"buy": account.buy, "sell": account.sell}.get(trade.trade_type, account.receive)
                 try:
-                    {"buy": account.buy, "sell": account.sell}.get(trade.trade_type, account.receive)(
-                        trade, holding
-                    )
+                    book(trade, holding)
                 except Refused as refused:
                     differences.append(f"Trade {row.id} should have been refused: {refused}")
                 compare(f"Trade {row.id}: realized_pnl", row.realized_pnl, trade.realized_pnl)

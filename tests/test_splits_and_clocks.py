@@ -1,9 +1,11 @@
 """Splits and clocks that jump, run round and turn meanwhile; what comes late, and what is pinned."""
 
 import inspect
+import json
 import time
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -212,17 +214,18 @@ def test_a_dividend_makes_no_dip_in_the_curve_where_its_ticker_is_pinned(alice):
     assert min(equities(alice)) >= 100_000
 
 
-def test_a_split_is_booked_when_the_minute_turns_while_a_running_clock_is_stopped(
-    new_database_on, recorded, monkeypatch
-):
-    """The wall clock is the test's, and a slow catch-up takes from 3:59 to 4:00, when the split comes."""
+@pytest.fixture
+def wall(new_database_on, recorded, monkeypatch):
+    """The program in this process, on the recorded market, with a wall clock of the test's own: `clock` has
+    its seconds, `ask` asks as somebody with an account, and `turns` moves the clock on meanwhile."""
     url, file = new_database_on("sqlite").migrate().url, recorded.settings["SAMPLE_MARKET"]
     with loaded(DATABASE_URL=url, PRICE_SOURCES="sample", SAMPLE_MARKET=file) as program:
         import models
+        import orders
         import pricing
 
         round = 8 * 60
-        clock = [(int(time.time()) // round + 2) * round + 60]
+        clock = [(int(time.time()) // round + 2) * round]
         routes = inspect.unwrap(program["set_clock"]).__globals__
 
         class Wall(datetime):
@@ -231,26 +234,74 @@ def test_a_split_is_booked_when_the_minute_turns_while_a_running_clock_is_stoppe
                 return datetime.fromtimestamp(clock[0], UTC)
 
         monkeypatch.setattr(pricing, "datetime", Wall)
-        for module in (models, pricing):
+        for module in (models, orders, pricing):
             monkeypatch.setattr(module, "now", Wall.now)
         monkeypatch.setitem(routes, "now", Wall.now)
         with program["app"].app_context():
             _, key = program["User"].open("late@example.com", Decimal(100_000))
-        ask, headers = program["app"].test_client().open, {"Authorization": f"Bearer {key}"}
-        order = {"ticker": "XYZ", "action": "buy", "quantity": "10"}
-        assert ask("/api/v1/trade", method="POST", headers=headers, json=order).status_code == 200
 
-        def slowly(*asked, locked=routes["locked"]):
-            account = locked(*asked)
-            clock[0] += 1
-            return account
+        def ask(method, path, **body):
+            headers = {"Authorization": f"Bearer {key}"}
+            client = program["app"].test_client()
+            answer = client.open(path, method=method, headers=headers, json=body or None)
+            return answer.status_code, json.loads(answer.text)
 
-        clock[0] += 3 * 60 - 1
-        monkeypatch.setitem(routes, "locked", slowly)
-        put = ask("/api/v1/market/clock", method="PUT", headers=headers, json={"at": day(6)})
-        assert put.status_code == 200
+        def turns(before=0, after=0, locked=routes["locked"]):
+            """The clock moves on while the next request waits for its lock, and again right after that."""
+
+            def slowly(*asked):
+                monkeypatch.setitem(routes, "locked", locked)
+                clock[0] += before
+                account = locked(*asked)
+                clock[0] += after
+                return account
+
+            monkeypatch.setitem(routes, "locked", slowly)
+
+        yield SimpleNamespace(clock=clock, ask=ask, turns=turns)
         with program["app"].app_context():
-            held = program["sa"].text("SELECT quantity FROM ibkr_stock_balances")
-            assert program["db"].session.scalar(held) == 100 * 10**8
             program["db"].session.close()
             program["db"].engine.dispose()
+
+
+def test_a_split_is_booked_when_the_minute_turns_while_a_running_clock_is_stopped(wall):
+    """A slow catch-up takes from 3:59 to 4:00, when the split comes."""
+    wall.clock[0] += 60
+    order = {"ticker": "XYZ", "action": "buy", "quantity": "10"}
+    assert wall.ask("POST", "/api/v1/trade", **order)[0] == 200
+    wall.clock[0] += 3 * 60 - 1
+    wall.turns(after=1)
+    assert wall.ask("PUT", "/api/v1/market/clock", at=day(6))[0] == 200
+    (held,) = wall.ask("GET", "/api/v1/portfolio")[1]["holdings"]
+    assert held["quantity"] == 100
+
+
+@pytest.mark.parametrize("after", [0, 60], ids=["and no more", "to where a split is taken back"])
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", "/api/v1/market/prices/OLD", {"price": 7}),
+        ("PUT", "/api/v1/market/clock", {"at": day(6)}),
+        ("POST", "/api/v1/trade", {"ticker": "OLD", "action": "buy", "quantity": 1}),
+        ("POST", "/api/v1/account/reset", {"cash": 5}),
+        ("DELETE", "/api/v1/orders", {}),
+    ],
+    ids=["a pin", "a clock", "a trade", "a reset", "a cancel"],
+)
+def test_the_last_open_order_is_filled_as_the_minute_turns_while_an_account_is_changed(
+    wall, method, path, body, after
+):
+    """FEW costs 50 in the last bar of a round; the account has no open order then, and is no worse for it."""
+    wall.clock[0] += 6 * 60 + 59
+    order = {"ticker": "FEW", "action": "buy", "quantity": 1, "order_type": "limit", "limit_price": 60}
+    assert wall.ask("POST", "/api/v1/orders", **order)[1]["status"] == "open"
+    wall.turns(before=1, after=after)
+    assert wall.ask(method, path, **body)[0] == 200
+    (order,) = wall.ask("GET", "/api/v1/orders?status=all&run=1")[1]["orders"]
+    assert (order["status"], order["price"]) == ("filled", 60)
+    if path.endswith("clock"):
+        wall.ask("PUT", path, at=None)
+    wall.ask("POST", "/api/v1/trade", ticker="XYZ", action="buy", quantity="0.01")
+    wall.clock[0] += 8 * 60 * 3
+    assert len(wall.ask("GET", "/api/v1/trades?action=dividend")[1]["trades"]) >= 3
+    assert wall.ask("GET", "/api/v1/account/audit")[1]["ok"]
