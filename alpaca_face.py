@@ -22,6 +22,7 @@ from datetime import time as time_of_day
 from decimal import ROUND_FLOOR, Decimal
 from functools import partial
 from itertools import groupby
+from math import prod
 from operator import itemgetter
 from typing import Annotated, Any, Literal, NamedTuple
 from uuid import UUID, uuid4
@@ -30,6 +31,7 @@ from flask import Blueprint, current_app, g, request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from werkzeug.local import LocalProxy
 
+from corporate import times
 from database import db
 from messages import (
     HUNDRED,
@@ -56,7 +58,7 @@ from messages import (
 from models import Account, PortfolioAnswer, Quote, Trade, User
 from orders import PlacedOrder
 from pricing import A_MONDAY, NEW_YORK, LiveMarket, SampleMarket, joined, no_such_ticker
-from recorded import EPOCH, Bar
+from recorded import EPOCH, ONE, Bar
 
 PREFIX = "/alpaca/"
 
@@ -300,10 +302,17 @@ def valued() -> tuple[Account, PortfolioAnswer]:
 
 
 def price_yesterday(ticker: str) -> Decimal | None:
-    """What the ticker cost at the end of the recorded market's day before; live, nobody wrote it down."""
+    """What the ticker cost at the end of the recorded market's day before, in shares of today; live, nobody
+    wrote it down."""
     market = broker.market
-    today = market.is_sample and midnight(market.time(g.account).date(), "-USD")
-    return market.price(ticker, today - timedelta.resolution) if today else None
+    if not market.is_sample:
+        return None
+    here = market.time(g.account)
+    then = midnight(here.date(), "-USD") - timedelta.resolution
+    met = market.on_the_way(market.number_at(then), market.number_at(here))
+    splits = [action.ratio for action in met if (action.kind, action.ticker) == ("split", ticker)]
+    price = market.price(ticker, then)
+    return price and times(price, 1 / prod(splits, start=ONE))
 
 
 NONE_OF_IT = ("accrued_fees", "daytrading_buying_power", "last_maintenance_margin")

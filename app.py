@@ -338,7 +338,7 @@ def admit() -> None:
         g.account, g.user_id = up_to_date(account, g.key_hash), account.user_id
 
 
-def up_to_date(account: Account, key_hash: str) -> Account:
+def up_to_date(account: Account, key_hash: str | None = None) -> Account:
     """The account, once its open orders have seen all prices and its splits and dividends are booked: before
     anything of it is read. A standby, which takes no writes, tells one without open orders as it is.
     """
@@ -359,9 +359,10 @@ def up_to_date(account: Account, key_hash: str) -> Account:
     return Account.with_key(key_hash) or account
 
 
-def locked(user_id: int, key_hash: str, ticker: str = "", order_key: str = "") -> Account:
+def locked(user_id: int, key_hash: str | None, ticker: str = "", order_key: str = "") -> Account:
     """The account, locked, and all that the market brought it booked: whatever reads or changes one begins
-    here."""
+    here. Its owner must still have the key with that hash; an admin has none of his."""
+    key_hash = key_hash or User.locked(user_id).api_key_hash
     account = Account.locked(user_id, key_hash, ticker, order_key)
     catch_up(account)
     return account
@@ -596,13 +597,14 @@ def portfolio() -> PortfolioAnswer:
 
 
 def at_the_market() -> tuple[Account, Sequence, dict[str, Quote]]:
-    """Your account, its holdings and what they cost; a split that came with a price is booked."""
-    account, holdings = Account.with_holdings(g.user_id, g.key_hash)
-    quotes = market.quotes([holding.ticker for holding in holdings], account)
-    if market.is_ahead_of(account):
+    """Your account, its holdings and what they cost, once the splits that came with the prices are booked."""
+    for _ in range(3):
+        account, holdings = Account.with_holdings(g.user_id, g.key_hash)
+        quotes = market.quotes([holding.ticker for holding in holdings], account)
+        if not market.is_ahead_of(account):
+            break  # Else the prices are of other shares. A standby cannot book them, and tells what it has.
         if newest := Account.with_key(g.key_hash):
             up_to_date(newest, g.key_hash)
-        account, holdings = Account.with_holdings(g.user_id, g.key_hash)
     return account, holdings, quotes
 
 
@@ -906,9 +908,13 @@ def account_history(options: HistoryOptions) -> HistoryAnswer:
 
 def history(number: int | None, resolution: Resolution) -> HistoryAnswer:
     """How that run went, or without a number the current one."""
-    is_current = number in (None, g.account.run)
-    quotes = at_the_market()[-1] if is_current else {}  # First, as with a price may come a split.
-    books = Books.of(g.user_id)
+    is_current, quotes = number in (None, g.account.run), {}
+    for _ in range(3):
+        if is_current:
+            priced, _, quotes = at_the_market()  # First, as with a price may come a split.
+        books = Books.of(g.user_id)
+        if not is_current or books.account.updated_at == priced.updated_at:
+            break  # Else something was booked in between, for which there is no price.
     account, number = books.account, number or books.account.run
     if number not in books.runs:
         raise Refused("not_found", f"Your account has no run {number}.")
@@ -1020,9 +1026,9 @@ def correct(wanted: Correction, order_key: str, user_id: int) -> tuple[TradeAnsw
     g.user_id = user_id
     key_hash = User.with_open_account(f"with the id {user_id}", id=user_id).api_key_hash
     if account := Account.with_key(key_hash):
-        up_to_date(account, key_hash)
+        up_to_date(account)
     with transaction(user_id):
-        account = locked(user_id, key_hash, wanted.ticker, order_key)
+        account = locked(user_id, None, wanted.ticker, order_key)
         if earlier := earlier_under_key(account):
             answer, headers = replay(earlier, earlier.is_for(wanted), type(earlier).to_dict)
             return answer, 201, headers

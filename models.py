@@ -1028,7 +1028,7 @@ class Account(db.Model):
         db.session.add(order)
         db.session.flush()  # Which gives it its id.
         for one in brought:
-            one.parent_id, one.quantity = order.id, order.quantity
+            one.parent_id, one.quantity, one.market_time = order.id, order.quantity, order.market_time
             db.session.add(one)
         db.session.flush()
         self.orders = [*(one for one in self.orders if one not in brought), order, *brought]
@@ -1184,11 +1184,11 @@ class Account(db.Model):
         one may be late: what was traded meanwhile was traded at prices without it. A late split is for as
         many shares as those have become by other splits since, and takes no more away than there are.
         """
-        begins, is_later = moment, Trade.created_at >= moment
-        if action.number is not None:
-            begins, is_later = action.ex_at, Trade.market_time >= action.ex_at
-        if self.updated_at is None or self.updated_at < begins:
-            return holding.quantity  # Nothing was booked since, as it mostly is.
+        is_later = Trade.market_time >= action.ex_at
+        if action.number is None:
+            is_later = Trade.created_at >= moment
+            if self.updated_at is None or self.updated_at < moment:
+                return holding.quantity  # Nothing was booked since, as it mostly is.
         since = Trade.since(self, action.ticker, is_later)
         before = max(holding.quantity - sum(trade.change() for trade in since), Decimal(0))
         if action.kind == "dividend":
@@ -1221,12 +1221,17 @@ class Account(db.Model):
     def split_orders(self, action: CorporateAction, costs: Costs) -> None:
         """Have open orders ask for the same in new shares, and hold back anew what that may cost."""
         orders = [order for order in self.orders if order.is_working and order.ticker == action.ticker]
-        if action.number is not None:  # A late one: what was placed meanwhile was meant in new shares.
-            orders = [order for order in orders if order.market_time < action.ex_at]
         split = f"A split of {ratio_text(action.ratio)}"
         for order in orders:
-            if not order.split(action.ratio) and order.is_working:
+            # A late one: what was placed meanwhile was meant in new shares.
+            is_old = action.number is None or order.market_time < action.ex_at
+            if is_old and not order.split(action.ratio) and order.is_working:
                 order.close("canceled", self.orders, f"{split} leaves no such order.")
+        orders = [order for order in orders if order.is_working]
+        for order in orders:  # Of a group some may be old: exits are for as much as their entry.
+            group = [other for other in orders if other.group == order.group]
+            entry = [other for other in group if other.action == "buy"]
+            order.quantity = min(other.quantity for other in entry or group)
         for order in orders:
             try:
                 if order.is_working:

@@ -1054,7 +1054,7 @@ def at_the_bar(bar: Step, trades: list[sa.Row]) -> list[Step]:
     """
 
     def is_within(trade: sa.Row) -> bool:
-        return trade.trade_type in ACTIONS or trade.market_price != bar.prices[trade.ticker]
+        return trade.trade_type in ACTIONS or trade.market_price not in (None, bar.prices[trade.ticker])
 
     within = len(list(takewhile(is_within, trades)))
     return [Step(bar.timestamp, bar.prices, trade) for trade in (*trades[:within], None, *trades[within:])]

@@ -118,6 +118,7 @@ class Gate:
         is_safe_to_log = sent and re.fullmatch("[A-Za-z0-9._:/+=@-]{1,128}", sent)
         own_id = sent if is_safe_to_log else token_hex(16)
         request_id.set(own_id)
+        environ.pop("HTTP_IF_MATCH", None)  # Nothing is changed by its version here; files would answer 412.
         welcome = ("*", environ.get("HTTP_ORIGIN"))  # `*` can be all of them, as the key is no cookie.
         origin = next((origin for origin in welcome if origin in self.origins), None)
 

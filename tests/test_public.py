@@ -98,6 +98,12 @@ def test_the_log_has_a_line_a_request_with_its_id_and_what_it_booked_and_no_key(
     assert f"secret-{alice.user_id}" not in server.log()
 
 
+@pytest.mark.parametrize("path", ["/", "/docs", "/docs/swagger-ui.css", "/static/dashboard.js"])
+def test_a_file_has_no_version_that_a_client_could_insist_on(server, path):
+    """It would be answered 412, with the file for a problem."""
+    assert requests.get(server.url + path, headers={"If-Match": '"x"'}, timeout=9).status_code == 200
+
+
 def test_what_a_client_asks_for_is_harmless_in_the_log(server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=9) as client:
         client.sendall(b'GET /"forged HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n')

@@ -239,6 +239,22 @@ def test_a_correction_that_is_sent_again_with_its_key_is_booked_once(recorded, c
     assert order.json()["code"] == "idempotency_key_reused"
 
 
+def test_a_correction_is_booked_though_the_account_gets_a_new_key_meanwhile(recorded, carol, monkeypatch):
+    """Whose key that is does not concern the admin."""
+    with_key, user = recorded.program["Account"].with_key, recorded.program["User"]
+
+    def found(key_hash):
+        account = with_key(key_hash)
+        if account and account.user_id == carol.user_id:
+            monkeypatch.setattr(recorded.program["Account"], "with_key", with_key)
+            user.rotate_key(carol.user_id)
+        return account
+
+    monkeypatch.setattr(recorded.program["Account"], "with_key", found)
+    answer = corrects(recorded, carol.user_id, ticker="XYZ", cash="1", reason="a present")
+    assert (answer.status_code, answer.json()["cash_balance"]) == (201, 100_001)
+
+
 def test_the_bundled_year_pays_what_apple_paid(new_database):
     with Here(new_database().migrate().url, CORPORATE_ACTIONS="") as server:
         dora = server.trader(name="dora").goes_to("2012-03-01T00:00:00Z")

@@ -258,7 +258,7 @@ def wall(new_database_on, recorded, monkeypatch):
 
             monkeypatch.setitem(routes, "locked", slowly)
 
-        yield SimpleNamespace(clock=clock, ask=ask, turns=turns)
+        yield SimpleNamespace(clock=clock, ask=ask, turns=turns, market=program["market"], routes=routes)
         with program["app"].app_context():
             program["db"].session.close()
             program["db"].engine.dispose()
@@ -305,3 +305,60 @@ def test_the_last_open_order_is_filled_as_the_minute_turns_while_an_account_is_c
     wall.clock[0] += 8 * 60 * 3
     assert len(wall.ask("GET", "/api/v1/trades?action=dividend")[1]["trades"]) >= 3
     assert wall.ask("GET", "/api/v1/account/audit")[1]["ok"]
+
+
+@pytest.mark.parametrize("path", ["portfolio", "account/history"])
+def test_new_shares_are_valued_at_their_own_price_when_the_minute_turns_between_them(wall, monkeypatch, path):
+    wall.clock[0] += 3 * 60 + 59
+    wall.ask("POST", "/api/v1/trade", ticker="XYZ", action="buy", quantity=10)
+    quotes = wall.market.quotes
+
+    def priced(*asked):
+        monkeypatch.setattr(wall.market, "quotes", quotes)
+        found = quotes(*asked)
+        wall.clock[0] += 1  # To 4:00, when the split comes.
+        return found
+
+    monkeypatch.setattr(wall.market, "quotes", priced)
+    told = wall.ask("GET", f"/api/v1/{path}")[1]
+    assert told.get("summary", told)["equity"] == 100_000
+
+
+def test_a_history_has_the_price_of_what_was_bought_while_it_was_asked_for(wall, monkeypatch):
+    wall.clock[0] += 60
+    books = wall.routes["Books"].of
+
+    def of(user_id):
+        monkeypatch.setattr(wall.routes["Books"], "of", books)
+        wall.ask("POST", "/api/v1/trade", ticker="OLD", action="buy", quantity=1)
+        return books(user_id)
+
+    monkeypatch.setattr(wall.routes["Books"], "of", of)
+    summary = wall.ask("GET", "/api/v1/account/history")[1]["summary"]
+    assert (summary["trades"], summary["equity"]) == (1, 100_000)
+
+
+def test_a_drawdown_that_was_seen_does_not_shrink_at_a_correction(alice):
+    alice.goes_to(day(7))
+    alice.buys(500, "FEW")  # It costs half in the next bar.
+
+    def drawdown():
+        return alice.get("/api/v1/account/history")["summary"]["max_drawdown_percent"]
+
+    alice.advances(1)
+    assert drawdown() == 25
+    assert corrects(alice, ticker="FEW", cash="1000", reason="a present").status_code == 201
+    assert drawdown() == 25
+
+
+def test_the_day_before_a_split_is_told_to_alpacas_clients_in_shares_of_today(alice):
+    alice.goes_to(day(4))
+    alice.buys(10, "XYZ")
+    alice.advances(1)
+    account, (position,) = (
+        alice.session.get(f"{alice.server.url}/alpaca/v2/{path}", timeout=30).json()
+        for path in ("account", "positions")
+    )
+    assert account["equity"] == account["last_equity"] == "100000"
+    told = ("qty", "current_price", "lastday_price", "change_today", "unrealized_intraday_pl")
+    assert [position[name] for name in told] == ["100", "10", "10", "0", "0"]

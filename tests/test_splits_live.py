@@ -358,3 +358,75 @@ def test_without_corporate_actions_none_is_booked(program, yahoo, new_database_o
         later()
         assert alice.holdings[ticker] == (10, 1000)
     assert database.run("SELECT * FROM ibkr_corporate_actions") == []  # Nor will be, once it is on.
+
+
+# Prices that were asked for between a day and its late publication
+
+
+@pytest.mark.parametrize("late", ["split", "dividend"])
+@pytest.mark.parametrize("action", ["buy", "sell"])
+@pytest.mark.parametrize("looks", [True, False], ids=["looked at", "left alone"])
+def test_what_an_order_brings_before_a_late_one_is_told_is_the_same_whoever_looks(
+    alice, bob, yahoo, ticker, late, action, looks
+):
+    """It was bought or sold at a price without it. Nothing else was booked since before that day."""
+    yahoo.yahoo(ticker, "100", seen=seen(ago(hours=3)))
+    alice.buys(4, ticker)
+    database, yesterday = Database(alice.server.database_url), ago(days=1)
+    if database.engine.dialect.name == "sqlite":
+        yesterday = yesterday.replace(tzinfo=None)
+    set_back = "UPDATE ibkr_balances SET updated_at = :then WHERE user_id = :id"
+    assert database.run(set_back, then=yesterday, id=alice.user_id) == 1
+    limit = {"buy": "99.5", "sell": "100.5"}[action]
+    alice.rests(action, 3, ticker, limit_price=limit)
+    later()
+    yahoo.yahoo(ticker, limit, seen=seen(ago(minutes=30)))
+    bob.get(f"/api/v1/price/{ticker}")
+    if looks:
+        assert len(alice.trades) == 2
+    later()
+    if late == "split":
+        yahoo.split(ticker, ago(hours=1), 2, 1)
+    else:
+        yahoo.dividend(ticker, ago(hours=1), 1.0)
+    bob.get(f"/api/v1/price/{ticker}")
+    booked = [(trade["trade_type"], trade["quantity"]) for trade in alice.trades]
+    assert booked == [(late, 4), (action, 3), ("buy", 4)]
+    held = 4 + (4 if late == "split" else 0) + (3 if action == "buy" else -3)
+    assert alice.holdings[ticker][0] == held
+    assert alice.audit()["ok"]
+
+
+@pytest.mark.parametrize("replaced", ["entry", "stop_loss", "take_profit"])
+@pytest.mark.parametrize(("new", "old"), [(2, 1), (1, 2)])
+def test_exits_are_for_what_their_entry_is_for_when_a_late_split_finds_one_of_them_replaced(
+    alice, bob, yahoo, ticker, replaced, new, old
+):
+    yahoo.yahoo(ticker, "20", seen=seen(ago(hours=3)))
+    legs = {"take_profit": {"limit_price": 60}, "stop_loss": {"stop_price": 4}}
+    entry = alice.rests("buy", 10, ticker, limit_price=8, **legs)
+    later()
+    yahoo.yahoo(ticker, "20", seen=seen(ago(minutes=30)))
+    bob.get(f"/api/v1/price/{ticker}")
+    of_type = {order["order_type"]: order for order in alice.orders if order["parent_id"]}
+    chosen = {"entry": entry, "stop_loss": of_type["stop"], "take_profit": of_type["limit"]}[replaced]
+    price = "stop_price" if replaced == "stop_loss" else "limit_price"
+    alice.replaces(chosen, **{price: str(chosen[price] + 1)})
+    later()
+    yahoo.split(ticker, ago(hours=1), new, old)
+    bob.get(f"/api/v1/price/{ticker}")
+    working = [order for order in alice.orders if order["status"] in ("open", "held")]
+    assert len(working) == 3
+    assert len({order["quantity"] for order in working}) == 1
+    assert alice.audit()["ok"]
+    later()
+    yahoo.yahoo(ticker, "3.5", seen=seen(ago(minutes=1)))  # In the new shares, and below each entry.
+    assert len(alice.trades) == 1
+    (held,) = alice.portfolio["holdings"]
+    assert held["quantity"] == working[0]["quantity"]
+    assert held["available_quantity"] == 0
+    assert alice.audit()["ok"]
+    later()
+    yahoo.yahoo(ticker, "1000")
+    assert alice.portfolio["holdings"] == []
+    assert alice.audit()["ok"]
