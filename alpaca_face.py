@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from uuid import UUID, uuid4
 
 from flask import Blueprint, current_app, g, request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 from werkzeug.local import LocalProxy
 
 from corporate import times
@@ -45,6 +45,7 @@ from messages import (
     Refused,
     checked,
     checked_decimal,
+    checked_order_key,
     checked_ticker,
     in_lower_case,
     now,
@@ -278,18 +279,12 @@ def checked_symbols(value) -> dict[str, str]:
     return {symbol: ticker_of(symbol) for symbol in symbols}
 
 
-def checked_order_key(value) -> str:
-    if not isinstance(value, str) or not re.fullmatch("[ -~]{1,128}", value):
-        raise ValueError("must be 1 to 128 printable ASCII characters")
-    return value
-
-
 Number = Annotated[Decimal, BeforeValidator(checked_decimal)]
 Moment = Annotated[Any, BeforeValidator(checked_moment), text_like(".*", examples=["2012-06-01"])]
 Symbols = Annotated[
     dict[str, str], BeforeValidator(checked_symbols), text_like(".+", examples=["AAPL,BTC/USD"])
 ]
-OrderKey = Annotated[str, BeforeValidator(checked_order_key)]
+OrderKey = Annotated[str, AfterValidator(checked_order_key)]
 Sort = Annotated[Literal["asc", "desc"], BeforeValidator(in_lower_case)]
 
 # ----------------------------------------------------------------------------------------- Account
@@ -446,38 +441,29 @@ def activities(asked: ActivitiesAsked, activity: str = "") -> list[dict]:
 
 
 def activity_out(trade: Trade) -> dict:
-    if trade.trade_type in ACTIVITIES["FILL"]:
-        return fill_out(trade)
+    """A trade as an activity; one that came without an order is the fill of its own."""
+    own, is_dividend = uuid_of(TRADE_IDS, trade.id), trade.trade_type == "dividend"
     (kind,) = [kind for kind, types in ACTIVITIES.items() if trade.trade_type in types]
-    return {
-        "id": f"{trade.created_at:%Y%m%d%H%M%S}000::{uuid_of(TRADE_IDS, trade.id)}",
-        "activity_type": kind,
+    told = {"id": f"{trade.created_at:%Y%m%d%H%M%S}000::{own}", "activity_type": kind}
+    told |= {"symbol": symbol_of(trade.ticker)}
+    if kind == "FILL":
+        return told | {
+            "transaction_time": trade.created_at,
+            "type": "fill",
+            "price": text(trade.price),
+            **dict.fromkeys(("qty", "cum_qty"), text(trade.quantity)),
+            "side": trade.trade_type,
+            "leaves_qty": "0",
+            "order_id": uuid_of(ORDER_IDS, trade.order_id) or own,
+            "order_status": "filled",
+        }
+    return told | {
         "date": trade.created_at.date().isoformat(),
         "net_amount": text(trade.total_amount),
-        "symbol": symbol_of(trade.ticker),
-        "qty": text(trade.quantity if trade.trade_type == "dividend" else trade.change()),
-        "per_share_amount": text(trade.price) if trade.trade_type == "dividend" else None,
+        "qty": text(trade.quantity if is_dividend else trade.change()),
+        "per_share_amount": text(trade.price) if is_dividend else None,
         "description": trade.reason or trade.ratio or "",
         "status": "executed",
-    }
-
-
-def fill_out(trade: Trade) -> dict:
-    """A trade as the fill of an order; one that came without an order counts as its own."""
-    own = uuid_of(TRADE_IDS, trade.id)
-    return {
-        "id": f"{trade.created_at:%Y%m%d%H%M%S}000::{own}",
-        "activity_type": "FILL",
-        "transaction_time": trade.created_at,
-        "type": "fill",
-        "price": text(trade.price),
-        "qty": text(trade.quantity),
-        "side": trade.trade_type,
-        "symbol": symbol_of(trade.ticker),
-        "leaves_qty": "0",
-        "cum_qty": text(trade.quantity),
-        "order_id": uuid_of(ORDER_IDS, trade.order_id) or own,
-        "order_status": "filled",
     }
 
 
@@ -640,7 +626,7 @@ def orders(asked: OrdersAsked) -> list[dict]:
     filters = {"since": as_moment(asked.after), "until": as_moment(asked.until), "action": asked.side}
     filters |= {"tickers": list((asked.symbols or {}).values()), "oldest_first": asked.direction == "asc"}
     found = PlacedOrder.page(g.user_id, run=g.account.run, status=asked.status, limit=asked.limit, **filters)
-    relatives, ids = Relatives.of(*found), {order.id for order in found}
+    relatives, ids = relatives_of(*found), {order.id for order in found}
     shown = [order for order in found if not (asked.nested and order.parent_id in ids)]
     return [order_out(order, relatives, asked.nested) for order in shown]
 
@@ -703,24 +689,19 @@ def cancel_orders() -> tuple[list[dict], int]:
     return [{"id": uuid_of(ORDER_IDS, order.id), "status": 200} for order in canceled], 207
 
 
-class Relatives(NamedTuple):
+def relatives_of(*orders: PlacedOrder) -> tuple[dict[int, list[PlacedOrder]], dict[int, int]]:
     """What belongs to some orders: each with what it brought, by the `group`; what replaced it, by its id."""
-
-    groups: dict[int, list[PlacedOrder]]
-    successors: dict[int, int]
-
-    @classmethod
-    def of(cls, *found: PlacedOrder) -> "Relatives":
-        relatives, groups = PlacedOrder.relatives(found), defaultdict(list)
-        for order in relatives:
-            groups[order.group].append(order)
-        return cls(groups, {order.replaces: order.id for order in relatives})
+    groups, successors = defaultdict(list), {}
+    for order in PlacedOrder.relatives(orders):
+        groups[order.group].append(order)
+        successors[order.replaces] = order.id
+    return groups, successors
 
 
-def order_out(order: PlacedOrder, relatives: Relatives | None = None, nested: bool = True) -> dict:
+def order_out(order: PlacedOrder, relatives: tuple[dict, dict] | None = None, nested: bool = True) -> dict:
     """An order in Alpaca's words, in its `legs` what it brought."""
-    relatives = relatives or Relatives.of(order)
-    group = relatives.groups.get(order.group, [])
+    groups, successors = relatives = relatives or relatives_of(order)
+    group = groups[order.group]
     legs = [one for one in group if one.parent_id and one.status != "replaced"]
     is_oco = any(one.id == order.group and one.action == "sell" for one in group)
     kind = "oco" if legs and is_oco else ("simple", "oto", "bracket")[len(legs)]
@@ -735,7 +716,7 @@ def order_out(order: PlacedOrder, relatives: Relatives | None = None, nested: bo
         "submitted_at": order.placed_at,
         **ended,
         "failed_at": None,
-        "replaced_by": uuid_of(ORDER_IDS, relatives.successors.get(order.id)),
+        "replaced_by": uuid_of(ORDER_IDS, successors.get(order.id)),
         "replaces": uuid_of(ORDER_IDS, order.replaces),
         "asset_id": asset_id(order.ticker),
         "symbol": symbol_of(order.ticker),

@@ -805,8 +805,8 @@ def replace(
         account = locked(g.user_id, g.key_hash, ticker, order_key)
         if earlier := earlier_under_key(account):
             return replay(earlier, earlier.is_for(changed, id), tell)
-        order = open_order(id)
         quote = quote_for(account, ticker, quote)
+        order = open_order(id)
         day = market.day(ticker, market.time(account))
         own = {"idempotency_key": order_key, "asked": fingerprint(changed, id)}
         g.tried = account.replace(order, changed, quote, COSTS, day, **own)

@@ -929,14 +929,12 @@ def refuses(*codes: str):
 
 def content() -> bytes:
     """The request's body, whole; refused if it was cut short."""
-    if "unreadable" in g:
-        raise g.unreadable  # Read again, it would seem to end where it broke off.
     try:
         content = request.get_data()
+    except HTTPException:
+        raise
     except Exception as error:  # Each server raises its own for a bad chunk; all are the client's.
-        refusal = Refused("invalid_json", "The body could not be read to its end.")
-        g.unreadable = error if isinstance(error, HTTPException) else refusal
-        raise g.unreadable from error
+        raise Refused("invalid_json", "The body could not be read to its end.") from error
     if request.content_length not in (None, len(content)):  # A server passes on one that was cut short.
         raise Refused(
             "invalid_json",

@@ -1130,8 +1130,6 @@ class Account(db.Model):
         self.will_change()
         for tick, due in settle(self.orders, ticks, day_of):
             if isinstance(due, CorporateAction):
-                if not self.knows_all_held:
-                    self.know_holdings()
                 trades += self.undergo(due, costs, tick.shown_at or moment)
                 continue
             order, passed, market_price = due
@@ -1299,19 +1297,17 @@ class Account(db.Model):
         return account
 
     def holding(self, ticker: str) -> Holding:
-        """What this locked account has of `ticker`; always the same object."""
+        """What this locked account has of `ticker`; always the same object. Others than the one that was
+        locked with it are read in one statement.
+        """
         if ticker not in self.held and not self.knows_all_held:
-            self.know_holdings(Holding.ticker == ticker)
+            own = sa.select(Holding.ticker, Holding.quantity, Holding.cost_basis)
+            for row in db.session.execute(own.filter_by(user_id=self.user_id)):
+                self.held.setdefault(row.ticker, Holding(user_id=self.user_id, **row._asdict()))
+            self.knows_all_held = True
         if ticker not in self.held:
             self.held[ticker] = Holding.none(self.user_id, ticker)
         return self.held[ticker]
-
-    def know_holdings(self, *which) -> None:
-        """Read what this locked account holds, all of it in one statement, or those `which`."""
-        own = sa.select(Holding.ticker, Holding.quantity, Holding.cost_basis).filter_by(user_id=self.user_id)
-        for row in db.session.execute(own.where(*which)):
-            self.held.setdefault(row.ticker, Holding(user_id=self.user_id, **row._asdict()))
-        self.knows_all_held = not which
 
     @classmethod
     def with_orders(cls, user_id: int) -> "Account":

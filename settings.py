@@ -15,26 +15,7 @@ from limits import RateLimitItem
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 import public
-from messages import checked_cash
-
-
-def checked_number(low: int, high: int):
-    def checked(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-            raise ValueError(f"it must be a whole number from {low} to {high}.")
-        return int(text)
-
-    return BeforeValidator(checked)
-
-
-def checked_cost(most: int):
-    def checked(text: str) -> Decimal:
-        cost = checked_cash(text)
-        if cost > most:
-            raise ValueError(f"it must be from 0 to {most}.")
-        return cost
-
-    return BeforeValidator(checked)
+from messages import checked_cash, whole_number
 
 
 def checked_sources(text: str) -> list[str]:
@@ -60,22 +41,11 @@ def checked_database(url: str) -> str:
     raise ValueError("it must begin with postgresql://, postgres:// or sqlite:///.")
 
 
-def checked_switch(text: str) -> bool:
-    if text.lower() not in ("on", "off"):
-        raise ValueError("it must be on or off.")
-    return text.lower() == "on"
-
-
-Port = Annotated[int, checked_number(1, 65535)]
-Seconds = Annotated[int, checked_number(1, 86_400)]
-Days = Annotated[int, checked_number(1, 36_500)]
 Sources = Annotated[list[str], BeforeValidator(checked_sources)]
 Database = Annotated[str, AfterValidator(checked_database)]
 Dollars = Annotated[Decimal, BeforeValidator(checked_cash)]
-BasisPoints = Annotated[Decimal, checked_cost(10_000)]
-LeastCommission = Annotated[Decimal, checked_cost(1_000_000)]
+BasisPoints = Annotated[Dollars, Field(le=10_000)]
 AdminKey = Annotated[str, AfterValidator(public.checked_admin_key)]
-Switch = Annotated[bool, BeforeValidator(checked_switch)]
 Limit = Annotated[RateLimitItem, BeforeValidator(public.checked_limit)]
 Counter = Annotated[public.Counter, BeforeValidator(public.Counter)]
 Origins = Annotated[set[str], BeforeValidator(public.checked_origins)]
@@ -93,18 +63,18 @@ class Settings(BaseModel):
         "`postgresql://` (one host or several), `postgres://` or `sqlite:///`"
     )
     HOST: str = means("where `python app.py` listens", "127.0.0.1")
-    PORT: Port = means("where `python app.py` listens; gunicorn takes it too", "8000")
+    PORT: whole_number(1, 65_535) = means("where `python app.py` listens; gunicorn takes it too", "8000")
     PRICE_SOURCES: Sources = means("asked in this order; or `sample`, alone", "yahoo,alphavantage")
     ALPHAVANTAGE_API_KEY: str | None = means("without it that source is skipped")
-    PRICE_CACHE_SECONDS: Seconds = means("how long a quote holds", "180")
-    MAX_PRICE_AGE_DAYS: Days = means(
+    PRICE_CACHE_SECONDS: whole_number(1, 86_400) = means("how long a quote holds", "180")
+    MAX_PRICE_AGE_DAYS: whole_number(1, 36_500) = means(
         "nothing is bought at a live price that its source last saw longer ago", "7"
     )
     SAMPLE_MARKET: Path | None = means("another file, or a folder of files, for the recorded market")
-    CORPORATE_ACTIONS: Switch = means("`off` leaves splits and dividends away", "on")
+    CORPORATE_ACTIONS: bool = means("`off` leaves splits and dividends away", "on")
     STARTING_CASH: Dollars = means("dollars of a new account", "100000")
     COMMISSION_BPS: BasisPoints = means("commission, in hundredths of a percent", "0")
-    COMMISSION_MIN: LeastCommission = means("the least commission, in dollars", "0")
+    COMMISSION_MIN: Annotated[Dollars, Field(le=1_000_000)] = means("the least commission, in dollars", "0")
     SLIPPAGE_BPS: BasisPoints = means("what a market order loses to the market price", "0")
     ADMIN_API_KEY: AdminKey | None = means("opens the endpoints under `/api/v1/users`")
     RATE_LIMIT: Limit = means("what one API key may ask", "60000 per minute")

@@ -307,6 +307,27 @@ def test_the_last_open_order_is_filled_as_the_minute_turns_while_an_account_is_c
     assert wall.ask("GET", "/api/v1/account/audit")[1]["ok"]
 
 
+def test_an_order_that_is_filled_when_the_minute_and_a_pin_change_cannot_be_replaced_any_more(
+    wall, monkeypatch
+):
+    wall.clock[0] += 6 * 60 + 59
+    order = {"ticker": "FEW", "action": "buy", "quantity": 1, "order_type": "limit", "limit_price": 60}
+    assert wall.ask("POST", "/api/v1/orders", **order)[1]["status"] == "open"
+
+    look_up = wall.market.look_up
+
+    def meanwhile(*asked):  # After the key was looked up, and before the account is locked.
+        monkeypatch.setattr(wall.market, "look_up", look_up)
+        assert wall.ask("PUT", "/api/v1/market/prices/OLD", price=7)[0] == 200
+        wall.turns(after=1)
+        return look_up(*asked)
+
+    monkeypatch.setattr(wall.market, "look_up", meanwhile)
+    status, told = wall.ask("PATCH", "/api/v1/orders/1", limit_price=61)
+    assert (status, told["code"], told["order_status"]) == (409, "not_open", "filled")
+    assert wall.ask("GET", "/api/v1/account/audit")[1]["ok"]
+
+
 @pytest.mark.parametrize("path", ["portfolio", "account/history"])
 def test_new_shares_are_valued_at_their_own_price_when_the_minute_turns_between_them(wall, monkeypatch, path):
     wall.clock[0] += 3 * 60 + 59
