@@ -169,7 +169,8 @@ class User(db.Model):
     def close(cls, user_id: int) -> None:
         """Close the account: its key is refused from now on, its trades stay."""
         with transaction(user_id):
-            cls.locked(user_id).closed_at = now()
+            user = cls.locked(user_id)
+            user.closed_at = now()  # Once the trade under way is over.
             db.session.get(Account, user_id).settled_at = None
             for order in PlacedOrder.working(user_id):
                 order.close("canceled", (), "The account was closed.")
@@ -1219,14 +1220,15 @@ class Account(db.Model):
     def split_orders(self, action: CorporateAction, costs: Costs) -> None:
         """Have open orders ask for the same in new shares, and hold back anew what that may cost."""
         orders = [order for order in self.orders if order.is_working and order.ticker == action.ticker]
-        split = f"A split of {ratio_text(action.ratio)}"
-        for order in orders:
-            # A late one: what was placed meanwhile was meant in new shares.
-            is_old = action.number is None or order.market_time < action.ex_at
-            if is_old and not order.split(action.ratio) and order.is_working:
+        old, split = orders, f"A split of {ratio_text(action.ratio)}"
+        if action.number is not None:  # A late one: what was placed meanwhile was meant in new shares.
+            old = [order for order in orders if order.market_time < action.ex_at]
+        for order in old:
+            if not order.split(action.ratio) and order.is_working:
                 order.close("canceled", self.orders, f"{split} leaves no such order.")
-        orders = [order for order in orders if order.is_working]
-        for order in orders:  # Of a group some may be old: exits are for as much as their entry.
+        groups = {order.group for order in old}
+        orders = [order for order in orders if order.is_working and order.group in groups]
+        for order in orders:  # Of a group some may be new: exits are for as much as their entry.
             group = [other for other in orders if other.group == order.group]
             entry = [other for other in group if other.action == "buy"]
             order.quantity = min(other.quantity for other in entry or group)
