@@ -1,0 +1,150 @@
+"""What two accounts do alike on live prices comes to the same, though one is looked at all the time.
+
+Splits and dividends are told at once or late. The clock is the test's own, and so are Yahoo's charts: what
+yfinance makes of its answers is tried in test_splits_live.py.
+"""
+
+import json
+import random
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from types import SimpleNamespace
+
+import pytest
+import time_machine
+from cast import ADMIN, loaded
+
+BEGIN = datetime(2026, 3, 2, 15, tzinfo=UTC)
+MINUTES = [2, 5, 30, 120, 600, 1500]
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def live(new_database):
+    """The program in this process: `prices` and `events` are what Yahoo says of each ticker."""
+    settings = {"PRICE_SOURCES": "yahoo", "PRICE_CACHE_SECONDS": 60, "ADMIN_API_KEY": ADMIN}
+    settings |= {"COMMISSION_BPS": "7.5", "SLIPPAGE_BPS": "5", "CORPORATE_ACTIONS": "on"}
+    with loaded(DATABASE_URL=new_database().migrate().url, **settings) as program:
+        prices, events, client = {}, {}, program["app"].test_client()
+
+        def chart(ticker, **period):
+            meta = {"currency": "USD", "regularMarketPrice": prices[ticker]}
+            meta |= {"regularMarketTime": Decimal(int(datetime.now(UTC).timestamp()))}
+            return {"meta": meta, "events": events.get(ticker, {})}
+
+        def ask(key, method, path, **body):
+            headers = {"Authorization": f"Bearer {key}"}
+            answer = client.open(f"/api/v1/{path}", method=method, headers=headers, json=body or None)
+            assert answer.status_code < 500, answer.text
+            return json.loads(answer.text, parse_float=Decimal)
+
+        program["market"].yahoo.chart = chart
+        yield SimpleNamespace(prices=prices, events=events, ask=ask)
+        with program["app"].app_context():
+            program["db"].engine.dispose()
+
+
+class Tape:
+    """Prices that go up and down, and what its tickers split and pay, told at once or late."""
+
+    def __init__(self, live, dice: random.Random, seed: int):
+        self.live, self.dice, self.untold = live, dice, []
+        self.prices = {f"X{seed}A": Decimal(100), f"X{seed}B": Decimal(100)}
+
+    def goes_on(self, moment: datetime) -> None:
+        for ticker, price in self.prices.items():
+            self.prices[ticker] = max(price * Decimal(self.dice.randint(97, 103)) / 100, Decimal("0.01"))
+        if self.dice.random() < 0.3:
+            ticker, late = self.dice.choice([*self.prices]), self.dice.choice([0, 60, 300, 3000])
+            happened = {"date": Decimal(int(moment.timestamp()) - 60)}
+            if self.dice.random() < 0.5:
+                new, old = self.dice.choice([(2, 1), (10, 1), (1, 3), (3, 2)])
+                self.prices[ticker] *= Decimal(old) / new
+                kind, what = "splits", {"numerator": Decimal(new), "denominator": Decimal(old)}
+            else:
+                kind, what = "dividends", {"amount": round(self.prices[ticker] / 50, 4) or Decimal("0.0001")}
+                self.prices[ticker] *= Decimal("0.98")
+            self.untold.append((moment + timedelta(minutes=late), ticker, kind, happened | what))
+        for told in [one for one in self.untold if one[0] <= moment]:
+            self.untold.remove(told)
+            _, ticker, kind, event = told
+            self.live.events.setdefault(ticker, {}).setdefault(kind, {})[str(event["date"])] = event
+        self.live.prices |= {ticker: round(price, 4) for ticker, price in self.prices.items()}
+
+    def near(self, ticker: str, low: float, high: float) -> str:
+        return str(round(self.prices[ticker] * Decimal(str(self.dice.uniform(low, high))), 3) or "0.001")
+
+
+def something_to_do(dice: random.Random, tape: Tape) -> tuple:
+    """A trade, an order, or of an open one its place and how it is to change, if not to be canceled."""
+    ticker, quantity = dice.choice([*tape.prices]), str(dice.randint(1, 60))
+    action = dice.choice(["buy", "buy", "sell"])
+    same = {"ticker": ticker, "action": action, "quantity": quantity}
+    kinds = "limit limit stop stop_limit trailing_stop trade cancel limit_price quantity"
+    kind = dice.choice(kinds.split())
+    if kind in ("cancel", "limit_price", "quantity"):
+        change = {"limit_price": tape.near(ticker, 0.9, 1.1)} if kind == "limit_price" else {}
+        return dice.randint(0, 20), change | ({"quantity": quantity} if kind == "quantity" else {})
+    if kind == "trade":
+        return "trade", same
+    prices = {"limit_price": tape.near(ticker, 0.93, 1.05), "stop_price": tape.near(ticker, 0.95, 1.05)}
+    names = {"limit": ["limit_price"], "stop": ["stop_price"], "stop_limit": [*prices]}.get(kind, [])
+    order = same | {"order_type": kind} | {name: prices[name] for name in names}
+    order |= {} if names else {"trail_percent": dice.randint(1, 5)}
+    if names and action == "buy" and dice.random() < 0.6:
+        order["take_profit"] = {"limit_price": tape.near(ticker, 1.05, 1.15)}
+        order["stop_loss"] = {"stop_price": tape.near(ticker, 0.85, 0.94)}
+    return "orders", order | ({"time_in_force": "day"} if dice.random() < 0.2 else {})
+
+
+def does(live, key: str, what, body: dict) -> tuple:
+    if isinstance(what, int):
+        orders = live.ask(key, "GET", "orders?limit=500")["orders"]
+        if not orders:
+            return ()
+        path = f"orders/{orders[what % len(orders)]['id']}"
+        answer = live.ask(key, "PATCH" if body else "DELETE", path, **body)
+    else:
+        answer = live.ask(key, "POST", what, **body)
+    return answer.get("code"), answer.get("status"), answer.get("quantity")
+
+
+def story_of(live, key: str) -> tuple:
+    """All orders, trades and holdings, without their numbers and the moments of the wall clock."""
+    told = ("order_type", "action", "quantity", "limit_price", "stop_price", "status", "reserved_cash")
+    orders = live.ask(key, "GET", "orders?status=all&limit=500")["orders"]
+    booked = ("trade_type", "ticker", "quantity", "price", "total_amount", "realized_pnl", "market_time")
+    trades = live.ask(key, "GET", "trades?limit=500")["trades"]
+    portfolio = live.ask(key, "GET", "portfolio")
+    assert all(held["available_quantity"] >= 0 for held in portfolio["holdings"])
+    assert live.ask(key, "GET", "account/audit")["ok"]
+    return (
+        [tuple(order[name] for name in told) for order in orders],
+        [tuple(trade[name] for name in booked) for trade in trades],
+        portfolio["cash_balance"],
+        portfolio["holdings"],
+    )
+
+
+@pytest.mark.parametrize("seed", range(6, 14))
+def test_what_two_do_alike_comes_to_the_same_whoever_is_looked_at(live, seed):
+    dice, moment = random.Random(seed), BEGIN + timedelta(days=200 * seed)
+    tape = Tape(live, dice, seed)
+    with time_machine.travel(moment, tick=True) as clock:
+        left_alone, looked_at, another = (
+            live.ask(ADMIN, "POST", "users", email=f"{name}{seed}@example.com", cash=20_000)["api_key"]
+            for name in ("alone", "looked", "another")
+        )
+        for _ in range(STEPS):
+            moment += timedelta(minutes=dice.choice(MINUTES))
+            clock.move_to(moment)
+            tape.goes_on(moment)
+            for ticker in tape.prices:
+                live.ask(another, "GET", f"price/{ticker}")
+            live.ask(looked_at, "GET", "balance")
+            if dice.random() < 0.55:
+                what, body = something_to_do(dice, tape)
+                assert does(live, left_alone, what, body) == does(live, looked_at, what, body)
+        alone, looked = story_of(live, left_alone), story_of(live, looked_at)
+        assert alone == looked
+        assert len(alone[1]) > 3
