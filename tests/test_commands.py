@@ -24,7 +24,7 @@ def user(database, *arguments):
 
 
 def test_an_account_is_opened_listed_rekeyed_and_closed(database, server, engine_name):
-    email = "carol@example.com"
+    email = "carol-of-the-commands@example.com"
     added = user(database, "add", email, "--cash", "1234.5")
     assert added.returncode == 0, added.stderr
     key = added.stdout.split()[-1]

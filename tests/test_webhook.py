@@ -268,7 +268,7 @@ HOSTILE = {
 @pytest.fixture(scope="module")
 def carol(server) -> Trader:
     """Somebody whose key could be a ticker's."""
-    email = "carol@example.com"
+    email = "carol-of-the-alerts@example.com"
     answer = requests.post(
         f"{server.url}/api/v1/users",
         json={"email": email, "key": "SESAME-OPEN-2012"},
