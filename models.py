@@ -178,7 +178,8 @@ class User(db.Model):
     @classmethod
     def locked(cls, user_id: int) -> "User":
         """The user, at a moment when no trade of his is under way; `Refused` if there is no open account."""
-        db.session.get(Account, user_id, with_for_update=True)
+        # The row alone: as an object of the session it would stand in the way of `Account.will_change`.
+        db.session.execute(LOCK_ACCOUNT, {"owner": user_id})
         return cls.with_open_account(f"with the id {user_id}", id=user_id)
 
     def to_dict(self, cash_balance: Decimal) -> UserAnswer:
