@@ -1,6 +1,7 @@
 """Splits and dividends of the recorded market, and what an admin corrects."""
 
 from decimal import Decimal
+from inspect import unwrap
 
 import pytest
 import requests
@@ -153,6 +154,38 @@ def test_a_rehearsal_leaves_no_split_behind(recorded, carol):
     assert exact(carol.ask("POST", "/api/v1/trade?dry_run=true", json=order))["id"] is None
     assert carol.audit()["ok"]
     assert len(rows(carol)) - before <= 3
+
+
+def test_the_log_tells_what_came_of_a_tick_once_it_is_committed_and_of_a_rehearsal_nothing(
+    recorded, carol, caplog, monkeypatch
+):
+    carol.buys(10, "XYZ")
+    order = carol.rests("buy", 1, "OTHER", limit_price=50)
+    with caplog.at_level("INFO"):
+        carol.advances(2)
+        carol.sees("OTHER", at=49)
+        told = [line for line in caplog.messages if f": user {carol.user_id} " in line]
+    split, fill = (line for line in told if not line.startswith("127.0.0.1"))
+    assert split.endswith(f": user {carol.user_id} split 10:1 of 10 XYZ and 0 dollars")
+    assert fill.startswith(f"order {order['id']} is filled by trade ")
+    caplog.clear()
+    carol.ask("PUT", "/api/v1/market/clock", json={"at": None})
+    app = recorded.program["app"]
+    routes = unwrap(app.view_functions["set_clock"]).__globals__
+    locked = routes["locked"]
+
+    def brings_something(*asked):
+        account = locked(*asked)
+        routes["log_once_committed"]("what is undone")
+        return account
+
+    monkeypatch.setitem(routes, "locked", brings_something)
+    rehearsal = {"ticker": "OTHER", "action": "buy", "quantity": 1}
+    with caplog.at_level("INFO"):
+        carol.ask("POST", "/api/v1/trade?dry_run=true", json=rehearsal)
+        assert "what is undone" not in caplog.messages
+        carol.ask("POST", "/api/v1/trade", json=rehearsal)
+        assert "what is undone" in caplog.messages
 
 
 def test_trades_are_told_by_type_and_in_csv(carol):
