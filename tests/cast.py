@@ -49,6 +49,12 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def wait_for_a_whole_minute(seconds=10) -> None:
+    """Wait for the next one, where this one ends soon: prices change with it, and may fill or end orders."""
+    left = 60 - time.time() % 60
+    time.sleep(left if left < seconds else 0)
+
+
 @contextmanager
 def loaded(**settings):
     """What app.py makes of these settings, in this process: a new one takes a second to load the program."""

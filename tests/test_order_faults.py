@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from cast import Server, Trader, exact
+from cast import Server, Trader, exact, wait_for_a_whole_minute
 from postgres import PostgresServer
 from test_faults import Broken, eventually, workers
 from test_order_races import assert_orders_hold, long_unseen
@@ -27,6 +27,7 @@ def broken():
 
 @pytest.fixture
 def carol(broken) -> Trader:
+    wait_for_a_whole_minute()  # The COMMIT that fails is to be that of a request, and not of what it brings.
     return broken.server.trader(name="carol").sees("AAPL", at=100)
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from cast import Database, Server, Trader, exact, flask
+from cast import Database, Server, Trader, exact, flask, wait_for_a_whole_minute
 from test_races import MANY, all_trades, assert_books_hold, at_once, copies
 
 SALE = {"price_above_market", "insufficient_shares"}
@@ -300,6 +300,7 @@ def test_fifty_who_look_at_once_fill_what_is_due_once(alice, database):
 
 def test_orders_that_end_while_a_trade_waits_for_its_turn_are_no_fault(alice, database):
     """It finds the prices moved and the market changed, and no order left to show them to."""
+    wait_for_a_whole_minute()
     alice.sees("AAPL", at=100)
     alice.rests("buy", 1, "IBM", limit_price=1, time_in_force="day")
     (other,) = copies(alice, 1)
