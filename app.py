@@ -49,6 +49,7 @@ from database import (
     is_read_only,
     log_once_committed,
     lost_a_race,
+    snapshot,
     transaction,
     use_database,
 )
@@ -797,7 +798,8 @@ def replace(
     id: str, changed: ChangedOrder, order_key: str, tell: Callable = PlacedOrder.to_dict
 ) -> tuple[dict, dict]:
     """Replace an order, once under the key; what its face tells of the new one, and the answer's headers."""
-    old = PlacedOrder.of(g.user_id, id)
+    with snapshot():  # Which gives its connection back: none waits for Yahoo.
+        old = PlacedOrder.of(g.user_id, id)
     ticker, id, changed = old.ticker, str(old.id), changed.taken(old.action)
     quote = market.look_up(ticker, g.account)
 

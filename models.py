@@ -179,7 +179,9 @@ class User(db.Model):
     def locked(cls, user_id: int) -> "User":
         """The user, at a moment when no trade of his is under way; `Refused` if there is no open account."""
         # The row alone: as an object of the session it would stand in the way of `Account.will_change`.
-        db.session.execute(LOCK_ACCOUNT, {"owner": user_id})
+        if db.engine.dialect.name == "postgresql":
+            db.session.execute(sa.text(TIME_LIMITS))
+        db.session.execute(LOCK_ACCOUNT, {"user_id": user_id})
         return cls.with_open_account(f"with the id {user_id}", id=user_id)
 
     def to_dict(self, cash_balance: Decimal) -> UserAnswer:
@@ -1286,7 +1288,7 @@ class Account(db.Model):
         the trade and of the order that came under `order_key` in this run. `Refused` if the API key is no
         longer the one with this hash. The account is not the session's: see `will_change`.
         """
-        own = {"owner": user_id, "key_hash": key_hash, "held_ticker": ticker, "order_key": order_key}
+        own = {"user_id": user_id, "key_hash": key_hash, "ticker": ticker, "order_key": order_key}
         is_locked = db.engine.dialect.name == "sqlite"  # All of it, by BEGIN IMMEDIATE.
         lock = [] if is_locked else [TIME_LIMITS, LOCK_ACCOUNT]
         found = send(db.session.connection().connection, *lock, LOCKED_ACCOUNT, **own)
@@ -1337,7 +1339,6 @@ class Account(db.Model):
         else:
             write_holding = UPDATE_HOLDING
         values = dict.fromkeys(TRADE_COLUMNS) | vars(trade)  # What was not set is NULL, as in a session.
-        values |= {"owner": self.user_id, "held_ticker": trade.ticker}
         values |= {"held": holding.quantity, "cost_basis": holding.cost_basis}
         writes = [UPDATE_CASH, write_holding, INSERT_TRADE]
         trade.id = send(db.session.connection().connection, *writes, **values)[0].id
@@ -1350,7 +1351,7 @@ class Account(db.Model):
         A mapped object for each of a thousand holdings would take six times as long as its row does.
         `Refused` if the account's API key is no longer the one with this hash.
         """
-        found = read_only(ACCOUNT_WITH_HOLDINGS, owner=user_id, key_hash=key_hash)
+        found = read_only(ACCOUNT_WITH_HOLDINGS, user_id=user_id, key_hash=key_hash)
         if not found:
             raise unauthorized()
         own, *holdings = found
@@ -1436,10 +1437,10 @@ class Account(db.Model):
 # SQLAlchemy's.
 
 HAS_THE_KEY = (User.api_key_hash == bindparam("key_hash")) & User.closed_at.is_(None)
-OWN_ACCOUNT = Account.user_id == bindparam("owner")
-OWN_HOLDING = (Holding.user_id == bindparam("owner")) & (Holding.ticker == bindparam("held_ticker"))
+OWN_ACCOUNT = Account.user_id == bindparam("user_id")
+OWN_HOLDING = (Holding.user_id == bindparam("user_id")) & (Holding.ticker == bindparam("ticker"))
 TRADE_UNDER_KEY, ORDER_UNDER_KEY = (
-    (booked.user_id == bindparam("owner"))
+    (booked.user_id == bindparam("user_id"))
     & (booked.run == Account.run)
     & (booked.idempotency_key == bindparam("order_key"))
     for booked in (Trade, PlacedOrder)
@@ -1468,9 +1469,7 @@ HELD = {"quantity": bindparam("held"), "cost_basis": bindparam("cost_basis")}
 HELD |= {"updated_at": bindparam("created_at")}
 CASH = {"cash_balance": bindparam("cash_after"), "updated_at": bindparam("created_at")}
 UPDATE_CASH = sa.update(Account).where(OWN_ACCOUNT).values(CASH)
-INSERT_HOLDING = sa.insert(Holding).values(
-    user_id=bindparam("owner"), ticker=bindparam("held_ticker"), **HELD
-)
+INSERT_HOLDING = sa.insert(Holding).values(user_id=bindparam("user_id"), ticker=bindparam("ticker"), **HELD)
 UPDATE_HOLDING = sa.update(Holding).where(OWN_HOLDING).values(HELD)
 DELETE_HOLDING = sa.delete(Holding).where(OWN_HOLDING)
 INSERT_TRADE = (
@@ -1484,7 +1483,7 @@ ACCOUNT_WITH_HOLDINGS = sa.union_all(
     .where(OWN_ACCOUNT, HAS_THE_KEY),
     sa.select(*HOLDING, *(sa.null() for _ in ACCOUNT))
     .join(User, User.id == Holding.user_id)
-    .where(Holding.user_id == bindparam("owner"), HAS_THE_KEY),
+    .where(Holding.user_id == bindparam("user_id"), HAS_THE_KEY),
 ).order_by(sa.nulls_first(sa.column("ticker")))
 LATEST_NUMBER = sa.select(sa.func.max(Quote.number)).where(Quote.ticker == bindparam("ticker"))
 LATEST_QUOTE = sa.select(Quote.__table__).where(

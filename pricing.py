@@ -365,7 +365,8 @@ class LiveMarket:
             try:
                 since = last and last.timestamp
                 if last and last.source != source.name:
-                    since = Quote.last_look(ticker, source.name)
+                    with snapshot():  # Which gives its connection back before the source is asked.
+                        since = Quote.last_look(ticker, source.name)
                 return source.quote(ticker, since)
             except (NoSuchTicker, SourceFailed) as failure:
                 failures.append(failure)
@@ -413,7 +414,8 @@ class LiveMarket:
 
     def is_ahead_of(self, account: Account) -> bool:
         """Whether splits or dividends were published by now that the account has not had."""
-        return self.with_actions and CorporateAction.latest() > account.actions_seen
+        with snapshot():
+            return self.with_actions and CorporateAction.latest() > account.actions_seen
 
     def has_moved(self, account: Account) -> bool:
         """Whether there are splits and dividends that the account has not had, or prices that its open orders

@@ -431,6 +431,18 @@ def test_a_lock_held_elsewhere_is_waited_for_and_then_refused_not_failed(broken,
     assert len(carol.trades) == 1
 
 
+@pytest.mark.parametrize(("method", "path"), [("POST", "/rotate-key"), ("DELETE", "")])
+def test_an_admin_waits_for_a_lock_held_elsewhere_no_longer_than_a_trade(broken, carol, method, path):
+    url = f"{broken.server.url}/api/v1/users/{carol.user_id}{path}"
+    with broken.database.engine.connect() as elsewhere:
+        lock = text("SELECT * FROM ibkr_balances WHERE user_id = :id FOR UPDATE")
+        elsewhere.execute(lock, {"id": carol.user_id})
+        refused = requests.request(method, url, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=30)
+    assert (refused.status_code, refused.json()["code"]) == (503, "database_unavailable")
+    assert refused.elapsed.total_seconds() < 5  # PostgreSQL gives up first, before we give it up.
+    assert carol.cash == 100000
+
+
 def test_a_crowd_that_waits_for_one_account_keeps_no_connection_from_the_others(broken, carol):
     bob = broken.server.trader(name="bob").sees("AAPL", at=100)
     with broken.database.engine.connect() as elsewhere, ThreadPoolExecutor(15) as pool:

@@ -21,25 +21,33 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def live(new_database):
-    """The program in this process: `prices` and `events` are what Yahoo says of each ticker."""
+    """The program in this process: `prices` and `events` are what Yahoo says of each ticker.
+
+    `connections` are those to the database that were in use, each time that Yahoo was asked.
+    """
     settings = {"PRICE_SOURCES": "yahoo", "PRICE_CACHE_SECONDS": 60, "ADMIN_API_KEY": ADMIN}
     settings |= {"COMMISSION_BPS": "7.5", "SLIPPAGE_BPS": "5", "CORPORATE_ACTIONS": "on"}
-    with loaded(DATABASE_URL=new_database().migrate().url, **settings) as program:
-        prices, events, client = {}, {}, program["app"].test_client()
+    database = new_database().migrate()
+    with loaded(DATABASE_URL=database.url, **settings) as program:
+        prices, events, connections, client = {}, {}, [], program["app"].test_client()
 
         def chart(ticker, **period):
+            connections.append(program["db"].engine.pool.checkedout())
             meta = {"currency": "USD", "regularMarketPrice": prices[ticker]}
             meta |= {"regularMarketTime": Decimal(int(datetime.now(UTC).timestamp()))}
             return {"meta": meta, "events": events.get(ticker, {})}
 
         def ask(key, method, path, **body):
             headers = {"Authorization": f"Bearer {key}"}
-            answer = client.open(f"/api/v1/{path}", method=method, headers=headers, json=body or None)
+            path = path if path.startswith("/") else f"/api/v1/{path}"
+            answer = client.open(path, method=method, headers=headers, json=body or None)
             assert answer.status_code < 500, answer.text
-            return json.loads(answer.text, parse_float=Decimal)
+            return json.loads(answer.text or "{}", parse_float=Decimal)
 
         program["market"].yahoo.chart = chart
-        yield SimpleNamespace(prices=prices, events=events, ask=ask)
+        yield SimpleNamespace(
+            prices=prices, events=events, connections=connections, ask=ask, database=database
+        )
         with program["app"].app_context():
             program["db"].engine.dispose()
 
@@ -148,3 +156,47 @@ def test_what_two_do_alike_comes_to_the_same_whoever_is_looked_at(live, seed):
         alone, looked = story_of(live, left_alone), story_of(live, looked_at)
         assert alone == looked
         assert len(alone[1]) > 3
+
+
+def test_nobody_keeps_a_connection_to_the_database_while_a_source_is_asked(live):
+    """A process has four, and Yahoo may take seconds: all others would wait with those who ask."""
+    live.prices |= dict.fromkeys(("HELD", "WAITS", "ENDED", "MOVED"), Decimal(100))
+    moment = BEGIN - timedelta(days=400)
+    with time_machine.travel(moment, tick=True) as clock:
+        key = live.ask(ADMIN, "POST", "users", email="waits@example.com")["api_key"]
+        live.ask(key, "POST", "trade", ticker="HELD", action="buy", quantity=10)
+        rests = {"action": "buy", "quantity": 1, "ticker": "WAITS", "order_type": "limit", "limit_price": 1}
+        order = live.ask(key, "POST", "orders", **rests)["id"]
+        ended = live.ask(key, "POST", "orders", **rests | {"ticker": "ENDED"})["id"]
+        uuid = live.ask(key, "GET", "/alpaca/v2/orders")[0]["id"]
+        live.ask(key, "DELETE", f"orders/{ended}")
+        live.ask(key, "GET", "price/MOVED")
+        live.database.run("UPDATE ibkr_quotes SET source = 'alpha_vantage' WHERE ticker = 'MOVED'")
+        requests = [
+            ("GET", "price/MOVED", {}),  # From one source to another.
+            ("PATCH", f"orders/{order}", {"limit_price": 2}),
+            ("PATCH", f"orders/{ended}", {"limit_price": 2}),
+            ("PATCH", f"/alpaca/v2/orders/{uuid}", {"limit_price": "2"}),
+            ("POST", "orders", rests),
+            ("POST", "trade", {"ticker": "HELD", "action": "buy", "quantity": 1}),
+            ("POST", "/alpaca/v2/orders", {"symbol": "HELD", "side": "buy", "qty": "1", "type": "market"}),
+            ("DELETE", "/alpaca/v2/positions/HELD?qty=1", {}),
+            ("DELETE", "/alpaca/v2/positions", {}),
+            ("POST", "trade", {"ticker": "HELD", "action": "buy", "quantity": 1}),
+            *(("GET", path, {}) for path in ("portfolio", "balance", "account/history", "account/metrics")),
+            *(("GET", path, {}) for path in ("price/HELD", "prices?tickers=HELD,WAITS", "account/audit")),
+            *(("GET", f"/alpaca/v2/{path}", {}) for path in ("positions", "positions/HELD", "account")),
+            *(("GET", f"/alpaca/v2/{path}", {}) for path in ("assets/HELD", "account/portfolio/history")),
+        ]
+        asked = {}
+        for method, path, body in requests:
+            moment += timedelta(minutes=2)
+            clock.move_to(moment)
+            live.events.setdefault("HELD", {}).setdefault("dividends", {})[path] = {
+                "date": Decimal(int(moment.timestamp()) - 60),
+                "amount": Decimal(1),
+            }
+            live.connections.clear()
+            live.ask(key, method, path, **body)
+            asked[method, path] = set(live.connections)
+        assert {name: seen for name, seen in asked.items() if seen != {0}} == {}
