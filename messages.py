@@ -38,7 +38,7 @@ from pydantic import (
     model_validator,
 )
 from typing_extensions import TypedDict
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 # ------------------------------------------------------------------------------- Numbers and times
 
@@ -221,7 +221,7 @@ def checked_tickers(text) -> list[str]:
 
 def checked_decimal(value) -> Decimal:
     """The Decimal in a string, as JSON writes numbers; a JSON number was parsed as one already."""
-    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,40}(\.[0-9]{1,40})?([eE][-+]?[0-9]{1,3})?", value):
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,9})?", value):
         value = Decimal(value)
     if not isinstance(value, Decimal):
         raise ValueError("must be a number or a decimal string")
@@ -233,8 +233,8 @@ def checked_amount(value, rounding=ROUND_HALF_EVEN, least=UNIT, limit=ORDER_LIMI
     value = checked_decimal(value)
     # Compared before it is rounded: a number may have a million digits before its point.
     exact = value.quantize(UNIT, rounding) if -limit < value < limit else value
-    if not least <= exact < limit:
-        raise ValueError(f"must be {'above 0 and' if least else 'from 0 to'} below {limit}")
+    if not least <= exact < limit or (value and not exact):
+        raise ValueError(f"must be {'above 0 and' if least else f'0, or from {UNIT:f} to'} below {limit}")
     return exact
 
 
@@ -276,7 +276,7 @@ def checked_order_key(text: str) -> str:
 
 def whole(number):
     """The integer in a JSON number or in ASCII digits; `true`, 1.5 and `5_0` are none."""
-    if isinstance(number, str) and re.fullmatch("[0-9]{1,40}", number):
+    if isinstance(number, str) and re.fullmatch("[0-9]+", number):
         number = Decimal(number)
     if not isinstance(number, Decimal) or number != number.to_integral_value():
         raise ValueError("must be a whole number")
@@ -298,13 +298,13 @@ def text_like(pattern: str, **more) -> WithJsonSchema:
 
 def number_below(limit: Decimal, least: float = 1e-8) -> WithJsonSchema:
     """What `checked_amount` takes, with exponents and with digits beyond the eighth decimal."""
-    number = {"type": "number", "minimum": least, "exclusiveMaximum": int(limit)}
-    not_zero = r"(?!0+(\.(0{1,7}|0{8}[0-9]*))?$)" if least else ""
-    digits = rf"^{not_zero}(?!9{{10}}\.9{{8}})[0-9]{{1,10}}(\.[0-9]{{1,40}})?$"
+    numbers = [{"type": "number", "minimum": 1e-8, "exclusiveMaximum": int(limit)}]
+    numbers += [] if least else [{"type": "number", "enum": [0]}]
+    too_small = r"(?!0+(\.(0{1,7}|0{8}[0-9]*))?$)" if least else r"(?!0+\.0{8}0*[1-9])"
+    digits = rf"^{too_small}(?!9{{10}}\.9{{8}})[0-9]{{1,10}}(\.[0-9]+)?$"
     exponent = r"^[1-9](\.[0-9]{1,7})?[eE](-[1-7]|\+?[0-8])$"
-    return WithJsonSchema(
-        {"anyOf": [number, *({"type": "string", "pattern": p} for p in (digits, exponent))]}
-    )
+    texts = [{"type": "string", "pattern": pattern} for pattern in (digits, exponent)]
+    return WithJsonSchema({"anyOf": [*numbers, *texts]})
 
 
 def whole_number(low: int, high: int):
@@ -935,6 +935,9 @@ def content() -> bytes:
         raise
     except Exception as error:  # Each server raises its own for a bad chunk; all are the client's.
         raise Refused("invalid_json", "The body could not be read to its end.") from error
+    is_chunked = request.environ.get("wsgi.input_terminated")
+    if is_chunked and len(content) >= request.max_content_length and request.environ["wsgi.input"].read(1):
+        raise RequestEntityTooLarge  # Without a length said before, what is too long is cut off in silence.
     if request.content_length not in (None, len(content)):  # A server passes on one that was cut short.
         raise Refused(
             "invalid_json",

@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import time
+from contextlib import ExitStack
 from decimal import Decimal
 
 import pytest
@@ -398,6 +399,26 @@ def test_a_body_in_chunks_is_read_like_any_other(alice):
     path = "/api/v1/account/reset"
     answer = alice.ask("POST", path, data=chunks(), headers={"Content-Type": "application/json"})
     assert exact(answer)["cash_balance"] == 5
+
+
+@pytest.mark.parametrize("by", ["gunicorn", "app.py"])
+@pytest.mark.parametrize(("spaces", "status"), [(0, 200), (1, 413), (10**6, 413)])
+def test_a_body_in_chunks_may_be_as_long_as_any_other(alice, database, by, spaces, status):
+    """What stands behind the limit is not cut off in silence."""
+    order = b'{"ticker": "AAPL", "action": "buy", "quantity": 1}'
+    body = order.ljust(64 * 1024 + spaces)
+    headers = {"Content-Type": "application/json"}
+    with ExitStack() as stack:
+        if by == "app.py":
+            alice.server = stack.enter_context(Here(database.url))
+        answer = alice.ask("POST", "/api/v1/trade", data=iter([body[:100], body[100:]]), headers=headers)
+        assert answer.status_code == status, answer.text
+        assert len(alice.trades) == (status == 200)
+
+
+@pytest.mark.parametrize("quantity", [str(Decimal(0.1)), f"0.1{'0' * 400}", "1e-1", "1000000000e-10"])
+def test_digits_of_a_text_are_rounded_however_many_there_are(alice, quantity):
+    assert alice.sees("AAPL", at=1).buys(quantity, "AAPL")["quantity"] == Decimal("0.1")
 
 
 def test_a_rehearsal_with_a_key_that_was_used_is_answered_as_the_trade_would_be(alice):
