@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-SECONDS, DATE = re.compile(r"-?[0-9]+(\.[0-9]+)?"), re.compile(r"(19|20)[0-9]{6}")
+SECONDS, DATE = re.compile(r"-?[0-9]+(\.[0-9]+)?"), re.compile(r"((?:19|20)[0-9]{6})(\.0)?")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([Ee][+-]?[0-9]{1,3})?")
 RATIO = re.compile(r"([0-9]{1,12}):([0-9]{1,12})")
 TICKER = re.compile(r"(?=.*[A-Za-z0-9])[A-Za-z0-9.=^-]{1,20}|[A-Za-z0-9]{1,10}/[A-Za-z0-9]{1,9}")
@@ -93,11 +93,12 @@ EVENTS = {"dividend": 0, "dividends": 0, "split": 1, "splits": 1, "stock splits"
 
 
 class Layout(NamedTuple):
-    """Where a row has its time, its ticker, and the five numbers of each ticker (of None: the one that it
-    names), and its event, if there are any. -1 is nowhere: each row is given an empty cell as its last.
+    """Where a row has its time (or its date, and then its time), its ticker, and the five numbers of each
+    ticker (of None: the one that it names), and its event, if there are any. -1 is nowhere: each row is given
+    an empty cell as its last.
     """
 
-    time: int
+    time: list[int]
     time_is_named: bool
     ticker: int
     bars: dict[str | None, list[int]]
@@ -213,13 +214,14 @@ def layout_of(heading: list[list[str]], file_ticker: str) -> Layout:
     width = max(map(len, heading))
     heading = [row + [""] * (width - len(row)) for row in heading]
     names = [[cell.strip("<> ").lower() for cell in row] for row in heading]
-    time = next((row.index(name) for name in TIMES for row in names if name in row), -1)
-    time_is_named = time >= 0
+    time = [row.index(name) for name in TIMES for row in names if name in row]
+    both = len(time) == 2 and {"date", "time"} <= set(names[0])  # As in MetaTrader's and Stooq's files.
+    time, time_is_named = time[: both + 1], bool(time)
     if not time_is_named:
         unnamed = [column for column, name in enumerate(names[0][:2]) if name in UNNAMED]
         if not unnamed and len(heading) == 1:
             raise ValueError("there is no column timestamp, time, date or datetime")
-        time = max(unnamed, default=0)
+        time = [max(unnamed, default=0)]
 
     ticker, fields, tickers = -1, names[0], [file_ticker] * width
     if len(heading) == 2:  # The first column is the index, whatever the two lines call it.
@@ -269,7 +271,7 @@ def bar_of(row: list[str], columns: list[int], layout: Layout) -> Bar | None:
 
 
 def moment_of(row: list[str], layout: Layout) -> datetime:
-    time = row[layout.time]
+    time = " ".join(row[column] for column in layout.time).strip()
     if not layout.time_is_named and len(time) < 8:
         raise ValueError(f"{time[:40]!r} is no time, and no column is called timestamp, time or date")
     return time_from(time)
@@ -336,11 +338,12 @@ def time_from(text: str) -> datetime:
     seconds since 1970, or milliseconds from 100,000,000,000 on.
     """
     try:
-        if SECONDS.fullmatch(text) and not DATE.fullmatch(text):
+        date = DATE.fullmatch(text)
+        if SECONDS.fullmatch(text) and not date:
             number = float(text)
             unit = "seconds" if abs(number) < 1e11 else "milliseconds"
             return EPOCH + timedelta(**{unit: number})
-        moment = datetime.fromisoformat(text.upper())
+        moment = datetime.fromisoformat(date[1] if date else text.upper())
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
         sentence = f"{text[:40]!r} is no time such as 2012-06-01T00:00:00Z in the years 1 to 9999"

@@ -47,12 +47,7 @@ def bar(moment, *numbers) -> Bar:
     return Bar(moment, *map(Decimal, numbers))
 
 
-MANY = settings(
-    max_examples=300,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    database=None,
-)
+MANY = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
 
 # ------------------------------------------------------------------------------------------ Layouts
 
@@ -537,6 +532,7 @@ def test_rows_that_end_early_and_footers_have_no_price(read):
         ("2024-03-07T00:00:00.250Z", DAY + timedelta(milliseconds=250)),
         ("2024-03-07 00:00:00.123456789", DAY + timedelta(microseconds=123456)),
         ("20240307", DAY),
+        ("20240307.0", DAY),
         ("1709769600", DAY),
         ("1709769600.0", DAY),
         ("1709769600000", DAY),
@@ -551,6 +547,22 @@ def test_rows_that_end_early_and_footers_have_no_price(read):
 )
 def test_a_time_is_read_as_it_is_written(read, column, text, moment):
     assert times(read(f"{column},ticker,price\n{text},ABC,1\n")) == [moment]
+
+
+@pytest.mark.parametrize(
+    ("heading", "row"),
+    [
+        ("date,time,close", "2024-03-07,09:30,1"),
+        ("<TICKER>,<PER>,<DATE>,<TIME>,<CLOSE>", "ABC,60,20240307,093000,1"),
+        ("Time,Close,Date", "09:30:00,1,2024-03-07"),
+    ],
+)
+def test_a_date_and_a_time_beside_it_are_one_moment(read, heading, row):
+    assert times(read(f"{heading}\n{row}\n", name="ABC.csv")) == [DAY + timedelta(hours=9, minutes=30)]
+
+
+def test_a_date_without_its_time_is_a_day(read):
+    assert times(read("date,time,ticker,close\n2024-03-07,,ABC,1\n")) == [DAY]
 
 
 def test_days_keep_their_offsets_where_the_clocks_change(read):
