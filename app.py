@@ -33,7 +33,7 @@ import flask_swagger_ui
 import sqlalchemy as sa
 from flask import Blueprint, Flask, Response, g, request
 from flask_migrate import Migrate, upgrade
-from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError, ProgrammingError
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import IntegerConverter
 
@@ -41,7 +41,7 @@ import alpaca_face
 import openapi
 import public
 import tradingview
-from commands import commands, serve
+from commands import Command, commands, serve
 from database import (
     OutcomeUnknown,
     database_health,
@@ -214,7 +214,7 @@ app.wsgi_app = gate = public.Gate(alpaca_face.tidied(app.wsgi_app), settings.COR
 app.url_map.converters["int"] = AsciiNumber
 app.url_map.merge_slashes = False  # A broker redirects nobody.
 app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
-app.config["STARTING_CASH"] = settings.STARTING_CASH
+app.config |= {"STARTING_CASH": settings.STARTING_CASH, "ADMIN_KEY_HASH": ADMIN_KEY_HASH}
 use_database(app, DATABASE_URL)
 Migrate(app, db, os.path.join(app.root_path, "migrations"))  # Its own default is below the working folder.
 
@@ -281,6 +281,7 @@ def http_problem(error: HTTPException) -> Response:
 @app.errorhandler(OperationalError)
 @app.errorhandler(InterfaceError)
 @app.errorhandler(InternalError)  # A standby, say, which takes no writes.
+@app.errorhandler(ProgrammingError)  # PostgreSQL's word for tables that are not there, or not ours to read.
 @app.errorhandler(sa.exc.TimeoutError)
 def database_unavailable(error: Exception) -> Response:
     app.logger.error("The database does not answer: %s", type(getattr(error, "orig", error)).__name__)
@@ -1026,7 +1027,8 @@ def correct(wanted: Correction, order_key: str, user_id: int) -> tuple[TradeAnsw
     those that are taken away take their part of the cost with them.
     """
     g.user_id = user_id
-    key_hash = User.with_open_account(f"with the id {user_id}", id=user_id).api_key_hash
+    with snapshot():
+        key_hash = User.with_open_account(f"with the id {user_id}", id=user_id).api_key_hash
     if account := Account.with_key(key_hash):
         up_to_date(account)
     with transaction(user_id):
@@ -1111,7 +1113,7 @@ def health() -> tuple[HealthAnswer, Literal[200, 503]]:
 # ---------------------------------------------------------------------------------------- Commands
 
 
-@app.cli.command("settle")
+@app.cli.command("settle", cls=Command)
 def settle_all():
     """Show the open orders of every account the prices of now: for a scheduler, as nothing else looks."""
     claim_database()

@@ -27,8 +27,8 @@ from results import Books
 commands = Blueprint("commands", __name__, cli_group=None)
 
 
-class Commands(AppGroup):
-    """Commands that end with one clear line where the program says no."""
+class Command(click.Command):
+    """A command that ends with one clear line where the program says no."""
 
     def invoke(self, context):
         try:
@@ -39,11 +39,11 @@ class Commands(AppGroup):
             raise click.ClickException(database_says(error)) from None
 
 
-users = Commands("user", help="Open and close accounts.")
+users = AppGroup("user", help="Open and close accounts.")
 commands.cli.add_command(users)
 
 
-@users.command("add")
+@users.command("add", cls=Command)
 @click.argument("email")
 @click.option("--cash", help="Dollars to begin with; without it, STARTING_CASH.")
 @click.option("--key", help="The API key; without it one is made.")
@@ -56,7 +56,7 @@ def add_user(email: str, cash: str | None, key: str | None):
     click.echo(f"API key, shown this once: {key}")
 
 
-@users.command("list")
+@users.command("list", cls=Command)
 def list_users():
     """List the accounts: id, email, cash, and whether it is closed."""
     for user, cash in User.all():
@@ -64,7 +64,7 @@ def list_users():
         click.echo(f"{user.id:>6}  {user.email:<40} {plain(cash):>20}{closed}")
 
 
-@users.command("rotate-key")
+@users.command("rotate-key", cls=Command)
 @click.argument("email")
 def rotate_key(email: str):
     """Give EMAIL a new API key and print it, once; the old one is refused from now on."""
@@ -72,7 +72,7 @@ def rotate_key(email: str):
     click.echo(f"API key, shown this once: {User.rotate_key(user.id)}")
 
 
-@users.command("close")
+@users.command("close", cls=Command)
 @click.argument("email")
 def close_user(email: str):
     """Close the account of EMAIL: its key is refused from now on, its trades stay."""
@@ -80,7 +80,7 @@ def close_user(email: str):
     click.echo(f"The account of {email} is closed.")
 
 
-@commands.cli.command("audit")
+@commands.cli.command("audit", cls=Command)
 def audit_all():
     """Replay every trade of every account and compare the books to the last digit."""
     differences = count = 0
@@ -145,8 +145,8 @@ def serve(app: Flask, host: str, port: int, prepare: Callable, what: str) -> Non
         sys.exit(refusal.detail)
     except DBAPIError as error:
         sys.exit(database_says(error))
-    except OSError as error:
-        sys.exit(f"HOST={host} PORT={port} cannot be served: {error}")
+    except SystemExit:  # Werkzeug has said why.
+        sys.exit(f"HOST={host} PORT={port} cannot be served.")
     print(what, flush=True)
     server.daemon_threads = False  # So that it answers what is in flight before it ends.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -24,6 +24,7 @@ from typing import Annotated, NotRequired
 from uuid import uuid4
 
 import sqlalchemy as sa
+from flask import current_app
 from sqlalchemy import BigInteger, CheckConstraint, Index, PoolProxiedConnection, UniqueConstraint, bindparam
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, make_transient_to_detached, mapped_column
@@ -125,6 +126,9 @@ class User(db.Model):
         """Make a user and the account, both or neither, and answer the id and the API key."""
         api_key = api_key or secrets.token_hex(32)
         user = cls(email=email, api_key_hash=cls.hash(api_key), created_at=now())
+        taken = Refused("already_exists", f"The email {email} or its API key is already in use.")
+        if user.api_key_hash == current_app.config["ADMIN_KEY_HASH"]:
+            raise taken
         try:
             with transaction():
                 db.session.add(user)
@@ -134,8 +138,8 @@ class User(db.Model):
                 account = Account(user_id=user.id, run=1, updated_at=now(), **seen, **cash)
                 db.session.add(account)
                 Stretch.begin(account)
-        except IntegrityError as taken:
-            raise Refused("already_exists", f"The email {email} or its API key is already in use.") from taken
+        except IntegrityError as error:
+            raise taken from error
         return user.id, api_key
 
     @classmethod
@@ -533,16 +537,21 @@ class Quote(db.Model):
 
     @classmethod
     def published(cls, tickers: Iterable[str], since: datetime, until: datetime) -> Sequence[sa.Row]:
-        """The quotes of `tickers` from `since` to `until`, the oldest first."""
+        """The quotes of `tickers` in dollars from `since` to `until`, the oldest first."""
+        own = (cls.ticker.in_(tickers), cls.currency == "USD")
         quotes = sa.select(cls.ticker, cls.timestamp, cls.price).where(
-            cls.ticker.in_(tickers), cls.timestamp >= since, cls.timestamp <= until
+            *own, cls.timestamp >= since, cls.timestamp <= until
         )
         return db.session.execute(quotes.order_by(cls.timestamp, cls.number)).all()
 
     @classmethod
-    def tickers(cls) -> Sequence[str]:
-        """Every ticker that was ever priced."""
-        return db.session.scalars(sa.select(cls.ticker).distinct()).all()
+    def latest_of_all(cls) -> Sequence["Quote"]:
+        """The latest quote of every ticker that was ever priced."""
+        latest = (
+            sa.select(cls.ticker, sa.func.max(cls.number).label("number")).group_by(cls.ticker).subquery()
+        )
+        is_latest = (cls.ticker == latest.c.ticker) & (cls.number == latest.c.number)
+        return db.session.scalars(sa.select(cls).join(latest, is_latest).order_by(cls.ticker)).all()
 
     @classmethod
     def after(cls, numbers: dict[str, int]) -> Sequence["Quote"]:

@@ -29,6 +29,8 @@ ON_HOST = any(re.match("DYNO$|RENDER$|RAILWAY_", name) for name in os.environ)
 
 
 def checked_admin_key(key: str) -> str:
+    if not re.fullmatch("[!-~]+", key):
+        raise ValueError("it must be printable ASCII without blanks: no other key can come with a request.")
     if len(key) < 16 and ON_HOST:
         raise ValueError("it must have 16 characters or more, for it opens every account.")
     if len(key) < 16:

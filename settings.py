@@ -10,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
 
+import sqlalchemy as sa
 from dotenv import load_dotenv
 from limits import RateLimitItem
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -35,10 +36,14 @@ def checked_database(url: str) -> str:
         if several := re.fullmatch(r"([^/?]*@)?([^/?@]*,[^/?@]*)/?([^?]*)\??(.*)", rest):
             login, hosts, name, options = several.groups("")
             rest = f"{login}/{name}?{options}&host=" + hosts.replace(",", "&host=")
-        return f"postgresql+psycopg2://{rest}"
-    if scheme == "sqlite" and rest.strip("/"):
-        return url
-    raise ValueError("it must begin with postgresql://, postgres:// or sqlite:///.")
+        url = f"postgresql+psycopg2://{rest}"
+    elif scheme != "sqlite" or rest.strip("/") in ("", ":memory:"):
+        raise ValueError("it must begin with postgresql://, postgres:// or sqlite:/// and name a database.")
+    try:
+        sa.make_url(url)
+    except (ValueError, sa.exc.ArgumentError):
+        raise ValueError("it is no URL: its port, say, is no number.") from None
+    return url
 
 
 Sources = Annotated[list[str], BeforeValidator(checked_sources)]
@@ -85,7 +90,9 @@ class Settings(BaseModel):
 def read_settings() -> Settings:
     load_dotenv(Path(__file__).with_name(".env"))
     try:
-        return Settings.model_validate({name: text for name, text in os.environ.items() if text})
+        return Settings.model_validate(
+            {name: text.strip() for name, text in os.environ.items() if text.strip()}
+        )
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         reason = fault["msg"].removeprefix("Value error, ")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from cast import ADMIN, ROOT, Server, Trader, environment, flask, loaded
+from cast import ADMIN, ROOT, Here, Server, Trader, environment, flask, loaded
 from standins import MarketStandIn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import recorded
 
 
-def user(database, *arguments):
-    return flask("user", *arguments, DATABASE_URL=database.url, PRICE_SOURCES="sample")
+def user(database, *arguments, **settings):
+    return flask("user", *arguments, DATABASE_URL=database.url, PRICE_SOURCES="sample", **settings)
 
 
 def test_an_account_is_opened_listed_rekeyed_and_closed(database, server, engine_name):
@@ -174,6 +174,10 @@ def python_app_py(**settings) -> subprocess.CompletedProcess:
         {"PRICE_SOURCES": "yahoo,sample"},
         {"PRICE_SOURCES": "alphavantage"},
         {"DATABASE_URL": "mysql://localhost/x"},
+        {"DATABASE_URL": "postgresql://user:password@host:port/x"},
+        {"DATABASE_URL": "sqlite:///:memory:"},
+        {"ADMIN_API_KEY": "the admin's long key"},
+        {"ADMIN_API_KEY": "the-schlüssel-of-the-admin"},
         {"PRICE_CACHE_SECONDS": "0"},
         {"STARTING_CASH": "-5"},
         {"COMMISSION_BPS": "NaN"},
@@ -190,6 +194,12 @@ def test_a_bad_setting_ends_the_program_with_one_clear_line(bad):
         pass
     (line,) = end.value.code.splitlines()
     assert line.startswith(list(bad)[-1]), line
+
+
+def test_blanks_around_a_setting_are_not_part_of_it(new_database):
+    """Such as the end of the line that a secret often has."""
+    with Here(new_database().migrate().url, ADMIN_API_KEY=f" {ADMIN}\n", STARTING_CASH=" 7 ") as server:
+        assert server.trader(cash=None).cash == 7
 
 
 @pytest.mark.parametrize(
@@ -231,10 +241,54 @@ def test_the_commands_work_from_any_folder(tmp_path):
     assert not list(empty.iterdir())
 
 
+@pytest.mark.parametrize("command", ["audit", "settle", "user list", "user add a@example.com"])
+def test_a_command_without_a_database_ends_with_one_clear_line(new_database, command):
+    for url in (new_database().url, "postgresql://nobody@127.0.0.1:1/x"):
+        done = flask(*command.split(), DATABASE_URL=url, PRICE_SOURCES="sample")
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("Error: The database cannot be used")
+
+
+def test_a_command_for_the_other_market_ends_with_one_clear_line(new_database):
+    url = new_database().migrate().url
+    assert flask("settle", DATABASE_URL=url, PRICE_SOURCES="sample").returncode == 0
+    done = flask("settle", DATABASE_URL=url, PRICE_SOURCES="yahoo")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: This database holds sample prices")
+
+
 def test_a_database_without_tables_is_one_clear_line(new_database):
     done = python_app_py(DATABASE_URL=new_database().url)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+
+
+def test_a_server_without_tables_is_not_available_and_no_fault(new_database):
+    with Here(new_database().url) as server:
+        for key in (ADMIN, "some-key"):
+            headers = {"Authorization": f"Bearer {key}"}
+            for path in ("/api/v1/users", "/api/v1/balance", "/alpaca/v2/account"):
+                answer = requests.get(f"{server.url}{path}", headers=headers, timeout=30)
+                if answer.status_code != 403:  # The admin has no account, and others are no admin.
+                    assert answer.status_code == 503, answer.text
+
+
+def test_a_host_that_cannot_be_found_is_said_with_its_name(new_database):
+    done = python_app_py(HOST="nowhere.invalid", DATABASE_URL=new_database().migrate().url)
+    assert done.returncode == 1
+    assert "HOST=nowhere.invalid" in done.stderr.splitlines()[-1]
+
+
+def test_no_account_has_the_admins_own_key(server, database):
+    """It would never be let in."""
+    done = user(database, "add", "the-admin@example.com", "--key", ADMIN, ADMIN_API_KEY=ADMIN)
+    assert (done.returncode, done.stderr.count("already in use")) == (1, 1)
+    new = {"email": "the-admin@example.com", "key": ADMIN}
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    answer = requests.post(f"{server.url}/api/v1/users", json=new, headers=headers, timeout=30)
+    assert (answer.status_code, answer.json()["code"]) == (409, "already_exists")
 
 
 # A recorder of prices
