@@ -58,7 +58,7 @@ from messages import (
 )
 from models import Account, PortfolioAnswer, Quote, Trade, User
 from orders import PlacedOrder
-from pricing import A_MONDAY, NEW_YORK, LiveMarket, SampleMarket, joined, no_such_ticker
+from pricing import A_MONDAY, DAY, NEW_YORK, LiveMarket, SampleMarket, joined, no_such_ticker
 from recorded import EPOCH, ONE, Bar
 
 PREFIX = "/alpaca/"
@@ -433,9 +433,11 @@ def activities(asked: ActivitiesAsked, activity: str = "") -> list[dict]:
     since, until = as_moment(asked.after), as_moment(asked.until)
     if asked.date:
         since = as_moment(asked.date)
-        until = since + timedelta(days=1)
+        until = since + DAY
     filters = {"since": since, "until": until, "ticker": None, "action": types, "run": g.account.run}
     cursor = number_in(asked.page_token.rpartition("::")[2], TRADE_IDS) or None
+    if asked.page_token and not cursor:
+        raise Refused("invalid_request", "page_token: must be the id of a page's last activity")
     page = {"cursor": cursor, "limit": asked.page_size, "oldest_first": asked.direction == "asc"}
     return [activity_out(trade) for trade in Trade.page(g.user_id, **filters, **page)]
 
@@ -507,9 +509,12 @@ class AssetsAsked(Asked):
 @takes(query=AssetsAsked)
 def assets(asked: AssetsAsked) -> list[dict]:
     """What can be traded: on the sample market all that is recorded, live what was asked for before."""
-    market = broker.market
-    tickers = [] if asked.status == "inactive" else market.series if market.is_sample else Quote.tickers()
-    listed = (asset(ticker) for ticker in sorted(tickers))
+    if asked.status == "inactive":
+        return []
+    if broker.market.is_sample:
+        listed = [asset(ticker) for ticker in broker.market.series]
+    else:
+        listed = [asset(quote.ticker, is_bought_at(quote)) for quote in Quote.latest_of_all()]
     return [a for a in listed if asked.asset_class in ("", a["class"])]
 
 
@@ -517,7 +522,11 @@ def assets(asked: AssetsAsked) -> list[dict]:
 def one_asset(symbol: str) -> dict:
     """One share or coin, by its symbol or its asset id."""
     quote = unless_refused(broker.market.look_up(ticker_at(symbol), g.account))
-    return asset(quote.ticker, quote.currency == "USD")
+    return asset(quote.ticker, is_bought_at(quote))
+
+
+def is_bought_at(quote: Quote) -> bool:
+    return quote.currency == "USD" and not quote.stale
 
 
 def asset(ticker: str, is_tradable: bool = True) -> dict:
@@ -939,7 +948,7 @@ def found_bars(ticker: str, asked: "BarsAsked", moment: datetime) -> Found:
     tape, spacing = market.series[ticker], market.spacing[ticker]
     passed = bisect_right(tape, market.time(g.account, moment), key=itemgetter(0))
     past = put_together(tape[:passed], frame, spacing)
-    if start and market.bars[0] <= start <= (end or start) <= market.bars[-1] + timedelta(days=1):
+    if start and market.bars[0] <= start <= (end or start) and (end or start) - DAY <= market.bars[-1]:
         return as_found(past, ticker, frame, start, end or moment)
     loop, coin = put_together(tape, frame, spacing), is_coin(ticker)
     # The wall clock has shown the recorded time again and again since 1970.
@@ -995,7 +1004,7 @@ class BarsAsked(Asked):
 
     @model_validator(mode="after")
     def ends_after_it_starts(self):
-        if self.start and self.end and as_moment(self.start) > as_moment(self.end) + timedelta(days=1):
+        if self.start and self.end and as_moment(self.start) > as_moment(self.end) + DAY:
             raise ValueError("start must not be after end")
         return self
 

@@ -38,6 +38,7 @@ from messages import (
     ORDER_LIMIT,
     SHARE_CLASS,
     TIMEFRAMES,
+    UNIT,
     BarOptions,
     MarketAnswer,
     Refused,
@@ -125,11 +126,11 @@ def priced(ticker: str, price, currency: str | None, source: str, seen: datetime
         price = rounded(exact)
     except (InvalidOperation, ValueError):
         raise BadAnswer("its price is no number") from None
-    if exact > 0 and price == 0:
+    if 0 < exact < UNIT:
         raise TooSmall("its price is too small")
     if not 0 < price < ORDER_LIMIT:
         raise BadAnswer("its price is out of range")
-    if currency is not None and not re.fullmatch("[A-Za-z]{1,10}", str(currency)):
+    if currency is not None and not (isinstance(currency, str) and re.fullmatch("[A-Za-z]{1,10}", currency)):
         raise BadAnswer("its currency is no currency")
     moment = now()
     seen = min(seen or moment, moment)
@@ -339,6 +340,8 @@ class LiveMarket:
             raise refusal_of(ticker, code, until)
         try:
             quote = self.quote_from_sources(ticker, last)
+            if last and last.currency == "USD" != quote.currency:
+                raise NoSuchTicker  # With a price in dollars: who holds it is not stuck with it.
         except (NoSuchTicker, BadAnswer) as verdict:
             until = now() + timedelta(seconds=BAD_SECONDS)
             if last:
@@ -882,7 +885,8 @@ def events_of(ticker: str, chart: dict) -> tuple[list[tuple], list[tuple]]:
         listed, left_out["events", "they are no events"] = [], 1
     for kind, event in listed:
         try:
-            found[kind][moment_of(event)] = ratio_of(event) if kind == "splits" else amount_of(event)
+            what = ratio_of(event) if kind == "splits" else amount_of(event, chart["meta"].get("currency"))
+            found[kind][moment_of(event)] = what
         except ValueError as reason:
             left_out[kind, str(reason)] += 1
     splits, dividends = sorted(found["splits"].items()), []
@@ -921,10 +925,13 @@ def ratio_of(event: dict) -> Fraction:
     return split
 
 
-def amount_of(event: dict) -> Fraction:
+def amount_of(event: dict, currency: str | None) -> Fraction:
+    """What a dividend pays, in the `currency` that the ticker's price has; Yahoo may name another."""
     amount = number_in(event, "amount")
     if not 0 < amount < ORDER_LIMIT:
         raise ValueError(NO_DIVIDEND)
+    if event.get("currency") not in (None, "", currency):
+        raise ValueError("it is paid in another currency")
     return Fraction(round(amount, 16))
 
 
@@ -970,9 +977,14 @@ def actions_told(chart: dict, quote: Quote) -> list[CorporateAction]:
 
 
 def is_credible(action: CorporateAction, quote: Quote, last: Quote | None) -> bool:
-    """Whether a dividend is less than a share of that day cost, now or last; else it is logged."""
+    """Whether a dividend is in dollars and less than a share of that day cost, now or last; if not, a line in
+    the log says so.
+    """
     if action.kind == "split":
         return True
+    if quote.currency != "USD":
+        log.warning("%s: left out a %s: it is not paid in USD", quote.source, action)
+        return False
     splits = [(split.ex_at, split.ratio) for split in quote.actions if split.kind == "split"]
     since, price = later_splits(splits)(action.ex_at), max(quote.price, last.price if last else 0)
     if action.amount * since.denominator < price * since.numerator:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from cast import ROOT, Database, Server, Trader
+from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from postgres import PostgresServer
 from sqlalchemy import create_engine, text
@@ -22,7 +23,9 @@ from sqlalchemy.engine import make_url
 
 
 def pytest_configure(config):
-    """Hypothesis would keep what it learns in the working folder."""
+    """Hypothesis would keep what it learns in the working folder, and mind how long an example takes."""
+    settings.register_profile("patient", deadline=None)
+    settings.load_profile("patient")
     folder = tempfile.TemporaryDirectory(prefix="broker-hypothesis-")
     set_hypothesis_home_dir(folder.name)
     config.add_cleanup(folder.cleanup)

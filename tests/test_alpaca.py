@@ -38,7 +38,7 @@ from alpaca.trading.requests import (
     TakeProfitRequest,
     TrailingStopOrderRequest,
 )
-from cast import ROOT, Server, Trader, exact, loaded
+from cast import ROOT, Here, Server, Trader, exact, loaded
 from standins import MarketStandIn
 
 JUNE = "2012-06-01T00:00:00Z"
@@ -245,6 +245,7 @@ def test_fills_are_activities(carla, trading):
         first = trading.get("/account/activities/FILL", page)
         rest = trading.get("/account/activities/FILL", page | {"page_token": first[-1]["id"]})
         assert [fill["qty"] for fill in first + rest] == quantities
+    assert ask(carla, "GET", "/v2/account/activities?page_token=nonsense").status_code == 422
     assert trading.get("/account/activities/DIV") == []
 
 
@@ -917,7 +918,13 @@ def test_live_prices_trade_and_have_the_dates_of_their_exchange(dora, yahoo):
     assert (held.market_value, held.lastday_price, held.change_today) == ("201", None, None)
     assert account.equity == account.last_equity == "100000"
     assert trading.get_portfolio_history().equity[-1] == 100_000
-    assert [asset.symbol for asset in trading.get_all_assets()] == ["LIVE"]
+    yahoo.yahoo("PENCE", "70", currency="GBp")
+    yahoo.yahoo("OLD", "70", seen="1500000000")
+    for ticker in ("PENCE", "OLD"):
+        dora.get(f"/api/v1/price/{ticker}")
+    listed = {asset.symbol: asset.tradable for asset in trading.get_all_assets()}
+    assert listed == {"LIVE": True, "PENCE": False, "OLD": False}
+    assert listed == {symbol: trading.get_asset(symbol).tradable for symbol in listed}
     bars = bars_of(stocks, "LIVE", start=days[0], end=days[-1])["LIVE"]
     told = dora.get("/api/v1/bars/LIVE", start="2026-03-03T00:00:00Z", limit=500)["bars"]
     assert ohlcv(bars) == ohlcv_of(told)  # Its first day began at midnight, before `start`.
@@ -948,6 +955,14 @@ def test_a_price_that_cannot_be_had_is_504_and_one_that_is_not_there_is_none(dor
     assert ask(dora, "GET", "/v2/assets/GONE").status_code == 404
     path = f"{url_of(dora)}/v1beta3/crypto/us/latest/quotes?symbols=BTC/USD"
     assert requests.get(path, timeout=60).status_code == 401
+
+
+def test_a_market_may_reach_to_the_end_of_all_dates(new_database, tmp_path):
+    file = tmp_path / "market.csv"
+    file.write_text("date,ticker,price\n2024-01-01,ABC,5\n9999-12-31,ABC,3\n")
+    with Here(new_database().migrate().url, SAMPLE_MARKET=file) as server:
+        query = "symbols=ABC&timeframe=1Day&start=2025-01-01"
+        assert ask(server.trader(), "GET", f"/v2/stocks/bars?{query}").status_code == 200
 
 
 # A strategy, through the recorded year

@@ -284,7 +284,7 @@ def market_and_question(draw):
     return series, asked, draw(moments)
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
 @given(market_and_question())
 def test_random_bars_are_put_together_as_by_the_calendar(tmp_path, generated):
     series, asked, clock = generated

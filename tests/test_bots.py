@@ -50,7 +50,7 @@ def test_a_purchase_is_rounded_down_and_a_sale_to_the_nearest(bot, quantity):
     assert sold == Decimal(str(quantity)).quantize(UNIT, ROUND_HALF_EVEN)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.floats(1, 50_000), st.floats(0.01, 900), st.floats(1, 9))
 def test_a_size_of_cash_by_price_is_always_taken(bot, cash, price, k):
     size = cash / (price * k)

@@ -21,7 +21,7 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def live(new_database):
-    """The program in this process: `prices` and `events` are what Yahoo says of each ticker.
+    """The program in this process: `prices`, `currencies` and `events` are what Yahoo says of each ticker.
 
     `connections` are those to the database that were in use, each time that Yahoo was asked.
     """
@@ -29,11 +29,12 @@ def live(new_database):
     settings |= {"COMMISSION_BPS": "7.5", "SLIPPAGE_BPS": "5", "CORPORATE_ACTIONS": "on"}
     database = new_database().migrate()
     with loaded(DATABASE_URL=database.url, **settings) as program:
-        prices, events, connections, client = {}, {}, [], program["app"].test_client()
+        prices, events, currencies, connections = {}, {}, {}, []
+        client = program["app"].test_client()
 
         def chart(ticker, **period):
             connections.append(program["db"].engine.pool.checkedout())
-            meta = {"currency": "USD", "regularMarketPrice": prices[ticker]}
+            meta = {"currency": currencies.get(ticker, "USD"), "regularMarketPrice": prices[ticker]}
             meta |= {"regularMarketTime": Decimal(int(datetime.now(UTC).timestamp()))}
             return {"meta": meta, "events": events.get(ticker, {})}
 
@@ -45,9 +46,8 @@ def live(new_database):
             return json.loads(answer.text or "{}", parse_float=Decimal)
 
         program["market"].yahoo.chart = chart
-        yield SimpleNamespace(
-            prices=prices, events=events, connections=connections, ask=ask, database=database
-        )
+        said = {"prices": prices, "events": events, "currencies": currencies}
+        yield SimpleNamespace(**said, connections=connections, ask=ask, database=database)
         with program["app"].app_context():
             program["db"].engine.dispose()
 
@@ -200,3 +200,36 @@ def test_nobody_keeps_a_connection_to_the_database_while_a_source_is_asked(live)
             live.ask(key, method, path, **body)
             asked[method, path] = set(live.connections)
         assert {name: seen for name, seen in asked.items() if seen != {0}} == {}
+
+
+def test_a_dividend_on_what_costs_no_dollars_is_not_booked_in_dollars(live):
+    """Such a holding comes by a correction of the admin's."""
+    live.prices["PENCE"], live.currencies["PENCE"] = Decimal(72), "GBp"
+    moment = BEGIN - timedelta(days=300)
+    with time_machine.travel(moment, tick=True) as clock:
+        opened = live.ask(ADMIN, "POST", "users", email="pence@example.com")
+        correction = {"ticker": "PENCE", "quantity": 1000, "reason": "A transfer"}
+        live.ask(ADMIN, "POST", f"users/{opened['user_id']}/corrections", **correction)
+        clock.move_to(moment + timedelta(hours=1))
+        paid = {"date": Decimal(int(moment.timestamp()) + 1800), "amount": Decimal("4.5")}
+        live.events["PENCE"] = {"dividends": {"1": paid}}
+        live.ask(opened["api_key"], "GET", "price/PENCE")
+        trades = live.ask(opened["api_key"], "GET", "trades")["trades"]
+    assert [trade["trade_type"] for trade in trades] == ["correction"]
+
+
+def test_a_quote_that_is_not_in_dollars_is_no_drawdown(live):
+    live.prices["YEN"], live.currencies["YEN"] = Decimal(1500), "JPY"
+    moment = BEGIN - timedelta(days=200)
+    with time_machine.travel(moment, tick=True) as clock:
+        opened = live.ask(ADMIN, "POST", "users", email="yen@example.com")
+        correction = {"ticker": "YEN", "quantity": 100, "reason": "A transfer"}
+        live.ask(ADMIN, "POST", f"users/{opened['user_id']}/corrections", **correction)
+        for price, currency in ((1500, "JPY"), (10, "USD")):
+            moment += timedelta(days=1)
+            clock.move_to(moment)
+            live.prices["YEN"], live.currencies["YEN"] = Decimal(price), currency
+            live.ask(opened["api_key"], "GET", "price/YEN")
+        history = live.ask(opened["api_key"], "GET", "account/history")
+    assert {point["equity"] for point in history["points"]} <= {100_000, 101_000}
+    assert history["summary"]["max_drawdown_percent"] == 0

@@ -345,7 +345,7 @@ def dave(server):
     return trader
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(orders, st.dictionaries(st.sampled_from(["quantity", *PRICES[:2]]), numbers, min_size=1))
 def test_whatever_is_placed_and_changed_is_answered_and_keeps_its_promises(dave, order, change):
     placed = dave.ask("POST", "/api/v1/orders", data=json.dumps(order), headers=JSON)

@@ -139,7 +139,7 @@ amounts = st.decimals("0.00000001", "9999999999", places=8)
 deals = st.lists(st.tuples(st.booleans(), amounts, amounts), max_size=25)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.decimals("0", "89999999999", places=8), deals)
 def test_the_books_agree_with_exact_fractions_whatever_is_traded(cash, orders):
     """An oracle of its own: cash and cost as fractions, rounded by integer division alone."""
@@ -176,7 +176,7 @@ def test_the_books_agree_with_exact_fractions_whatever_is_traded(cash, orders):
         assert cash_units + cost == int(cash * unit) + realized
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(amounts, amounts, st.integers(1, 10_000), st.integers(1, 10_000))
 def test_a_split_makes_no_money_and_loses_none(quantity, price, new, old):
     """What its shares are rounded down by is paid at the new price; the cost stays while there are any."""

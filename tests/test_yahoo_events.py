@@ -72,6 +72,14 @@ def test_of_two_of_one_moment_the_last_counts():
     assert found(chart) == [[(0, 2)], [(1, Decimal("0.5"))]]
 
 
+def test_a_dividend_that_is_paid_in_another_currency_is_left_out_and_logged(caplog):
+    """Yahoo names it where it is not that of the price: of an American share of a Japanese company, say."""
+    paid = [dividend(n) | {"currency": currency} for n, currency in enumerate(["USD", "", None, "JPY"])]
+    chart = json.loads(said(dividends=paid)) | {"meta": {"currency": "USD"}}
+    assert [day for day, _ in found(json.dumps(chart))[1]] == [0, 1, 2]
+    assert "left out 1 dividends of ABC: it is paid in another currency" in caplog.text
+
+
 @pytest.mark.parametrize("events", ["{}", "null", '{"splits": {}}', '{"dividends": null}'])
 def test_a_chart_without_events_has_none_and_nobody_is_told(caplog, events):
     assert events_of("ABC", parsed(f'{{"events": {events}}}')) == ([], [])
