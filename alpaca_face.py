@@ -699,7 +699,7 @@ def cancel_orders() -> tuple[list[dict], int]:
 
 
 def relatives_of(*orders: PlacedOrder) -> tuple[dict[int, list[PlacedOrder]], dict[int, int]]:
-    """What belongs to some orders: each with what it brought, by the `group`; what replaced it, by its id."""
+    """What belongs to some orders: each with its legs, by the `group`; what replaced it, by its id."""
     groups, successors = defaultdict(list), {}
     for order in PlacedOrder.relatives(orders):
         groups[order.group].append(order)
@@ -708,7 +708,7 @@ def relatives_of(*orders: PlacedOrder) -> tuple[dict[int, list[PlacedOrder]], di
 
 
 def order_out(order: PlacedOrder, relatives: tuple[dict, dict] | None = None, nested: bool = True) -> dict:
-    """An order in Alpaca's words, in its `legs` what it brought."""
+    """An order in Alpaca's words."""
     groups, successors = relatives = relatives or relatives_of(order)
     group = groups[order.group]
     legs = [one for one in group if one.parent_id and one.status != "replaced"]

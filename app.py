@@ -170,9 +170,9 @@ class Simulator(Flask):
     def dispatch_request(self):
         """Answer the request, from the top again after a lost race or a lost connection.
 
-        Every route writes to accounts in one transaction at the most, or in several that have a key each, and
-        does nothing after it that can fail, so to repeat it whole is safe; a trade looks its idempotency key
-        up first, under the lock, and so finds out what became of a COMMIT whose answer was lost. A client
+        Every route writes in one transaction at the most, or in several of which each has a key of its own,
+        and does nothing after it that can fail, so to repeat it whole is safe; a trade looks its idempotency
+        key up first, under the lock, and so finds out what became of a COMMIT whose answer was lost. A client
         does not wait for ever: six tries, the second at once, and no further one after three seconds, except
         for a trade that had to wait for its lock so long that its price ran out.
         """
@@ -350,7 +350,7 @@ def up_to_date(account: Account, key_hash: str | None = None) -> Account:
         try:
             with transaction(account.user_id):
                 settled = locked(account.user_id, key_hash)
-            if not market.is_sample or not market.has_moved(settled):  # See `catch_up`.
+            if not market.is_sample or not market.has_moved(settled):  # A day at a time: see `catch_up`.
                 break
         except OutcomeUnknown:
             pass  # Whatever came of it, we look again.
@@ -362,8 +362,10 @@ def up_to_date(account: Account, key_hash: str | None = None) -> Account:
 
 
 def locked(user_id: int, key_hash: str | None, ticker: str = "", order_key: str = "") -> Account:
-    """The account, locked, and all that the market brought it booked: whatever reads or changes one begins
-    here. Its owner must still have the key with that hash; an admin has none of his."""
+    """The account, locked, with all booked that the market has done to it: whatever changes one begins here.
+
+    Its owner must still have the API key with that hash; an admin, who has no such key, passes None.
+    """
     key_hash = key_hash or User.locked(user_id).api_key_hash
     account = Account.locked(user_id, key_hash, ticker, order_key)
     catch_up(account)
@@ -444,8 +446,8 @@ def set_clock(clock: Clock) -> MarketAnswer:
 def advance(step: Advance) -> AdvanceAnswer:
     """Move your stopped clock on by some bars; past the last one it does not go.
 
-    Your open orders see each bar on the way, and `fills` are the trades that came of it. With `tickers` the
-    answer has their prices after it: so a back-test is one request a bar.
+    Your open orders see each bar on the way, and `fills` are the trades that came of it, splits and dividends
+    too. With `tickers` the answer has their prices after it: so a back-test is one request a bar.
     """
     need_sample_market()
     tickers = step.tickers or []
@@ -461,9 +463,8 @@ def advance(step: Advance) -> AdvanceAnswer:
         fills = show(account, market.bars_between(account, bar), now())
         account.advance(bar)
         prices = {ticker: quote.price for ticker, quote in market.quotes(tickers, account).items()}
-        told = {"fills": [trade.to_dict() for trade in fills]}
-        told |= {"prices": prices} if step.tickers else {}
-        return market.state(account) | told  # Read before it is committed: so it is safe to repeat.
+        answer = market.state(account) | {"fills": [trade.to_dict() for trade in fills]}
+        return answer | ({"prices": prices} if step.tickers else {})
 
 
 @app.put("/api/v1/market/prices/<path:ticker>")
@@ -492,7 +493,7 @@ def pin(ticker: str, price: Decimal | None) -> MarketAnswer:
         if price is None and ticker not in account.pins:
             return market.state(account)  # Nothing is let go, and so it is no new price.
         account.pin(ticker, price)
-        if account.settled_at:  # Until when open orders have seen the other prices does not change.
+        if account.settled_at:  # This price alone is new; of the others, orders have seen what they had.
             show(account, market.pinned(account, ticker, account.settled_at), account.settled_at)
         return market.state(account)  # Read before it is committed: so it is safe to repeat.
 
@@ -648,14 +649,14 @@ def trade_on_alert(alert: Alert, order_key: str) -> TradeAnswer:
 
 def execute(order: Order, order_key: str, dry_run: bool = False) -> TradeAnswer:
     """Trade at once, and only once under the key."""
-    # `Simulator.dispatch_request` has let the request in (`admit`, which fills `g`) and may call this again.
-    # Before the lock, as no locked row waits for Yahoo; a refusal is raised by `fill`: a replay needs none.
+    # `Simulator.dispatch_request` has called `admit`, which fills `g`, and may call this again.
+    # The price comes before the lock: no locked row waits for Yahoo. Where it is a refusal, `fill` raises it.
     quote = market.look_up(order.ticker, g.account)
 
     with transaction(g.user_id, keep=not dry_run):
         account = locked(g.user_id, g.key_hash, order.ticker, order_key)
         if earlier := earlier_under_key(account):  # Its first answer needs no price.
-            answer, headers = replay(earlier, earlier.is_for(order), type(earlier).to_dict)
+            answer, headers = replay(earlier, earlier.is_for(order), Trade.to_dict)
             return answer | (REHEARSED if dry_run else {}), headers
         quote = quote_for(account, order.ticker, quote)
         booked = account.fill(order, quote, account.holding(order.ticker), COSTS)
@@ -1034,7 +1035,7 @@ def correct(wanted: Correction, order_key: str, user_id: int) -> tuple[TradeAnsw
     with transaction(user_id):
         account = locked(user_id, None, wanted.ticker, order_key)
         if earlier := earlier_under_key(account):
-            answer, headers = replay(earlier, earlier.is_for(wanted), type(earlier).to_dict)
+            answer, headers = replay(earlier, earlier.is_for(wanted), Trade.to_dict)
             return answer, 201, headers
         g.tried = account.correct(wanted, market.time(account))
         account.book(g.tried, account.holding(wanted.ticker), order_key)
@@ -1045,16 +1046,16 @@ def correct(wanted: Correction, order_key: str, user_id: int) -> tuple[TradeAnsw
 @app.get("/")
 def dashboard() -> Annotated[Response, "text/html"]:
     """The dashboard: a page to look at an account and to trade by hand."""
-    return page("index.html")
+    return own_page("index.html")
 
 
 @app.get("/docs")
 def docs() -> Annotated[Response, "text/html"]:
     """The API to read and to try out with your key, in the browser."""
-    return page("docs.html")
+    return own_page("docs.html")
 
 
-def page(file: str) -> Response:
+def own_page(file: str) -> Response:
     """One of our pages, which the browser lets speak to this server alone."""
     response = app.send_static_file(file)
     response.headers.update(public.OWN_PAGE)

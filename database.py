@@ -316,7 +316,7 @@ def leave_the_connection(context: sa.engine.ExceptionContext) -> None:
 
 
 def as_sqlalchemy_has_it(error: Exception, connection: sa.PoolProxiedConnection | None = None) -> DBAPIError:
-    """What SQLAlchemy would raise for a driver's `error`; a `connection` that is lost is left as it would."""
+    """What SQLAlchemy would raise for a driver's `error`; a lost `connection` is given up, too."""
     dialect = db.engine.dialect
     lost = True  # If there was none to be had.
     if connection:

@@ -164,8 +164,9 @@ SENTENCES = {
     "internal_error": "The server met a fault of its own; it is in its log.",
 }
 
-CODE = {status: code for code, status in STATUS.items()} | {400: "invalid_request", 404: "not_found"}
-"""What an answer of Flask's own is called."""
+CODE = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+CODE |= {415: "unsupported_media_type", 500: "internal_error"}
+"""The `code` of an error that Flask itself raises, by its status."""
 
 
 class Refused(Exception):
@@ -350,7 +351,7 @@ TimeframeWord = Annotated[Timeframe, BeforeValidator(in_lower_case)]
 
 
 class Asked(BaseModel):
-    """A request; a member that is `null` counts as left out, unless there is no such member."""
+    """A request. A member that is `null` counts as left out; an unknown one is refused even then."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -398,9 +399,9 @@ class Sized(Asked):
     @property
     def asked(self) -> str | None:
         """What it says instead of a quantity."""
-        return (
-            f"notional {plain(self.notional)}" if self.notional else "all" if self.quantity == "all" else None
-        )
+        if self.notional:
+            return f"notional {plain(self.notional)}"
+        return "all" if self.quantity == "all" else None
 
 
 class Order(Sized):
@@ -663,7 +664,7 @@ class BalanceAnswer(TypedDict):
     user_id: UserNumber
     cash_balance: Dollars
     reserved_cash: Annotated[Dollars, means("Held back for open orders, in dollars")]
-    buying_power: Annotated[Dollars, means("The difference, in dollars")]
+    buying_power: Annotated[Dollars, means("Cash that is not held back, in dollars")]
 
 
 class RunAnswer(TypedDict):

@@ -429,10 +429,10 @@ class Trade(db.Model):
         return db.session.scalar(own.where(cls.market_price.is_not(None)).order_by(cls.id.desc()).limit(1))
 
     @classmethod
-    def since(cls, account: "Account", ticker: str, *moment) -> Sequence["Trade"]:
-        """The trades in `ticker` of the account's run from a `moment` on, which is a condition."""
+    def since(cls, account: "Account", ticker: str, is_later) -> Sequence["Trade"]:
+        """The trades in `ticker` of the account's run for which the condition `is_later` holds."""
         own = sa.select(cls).filter_by(user_id=account.user_id, run=account.run, ticker=ticker)
-        return db.session.scalars(own.where(*moment)).all()
+        return db.session.scalars(own.where(is_later)).all()
 
     @classmethod
     def page(
@@ -486,7 +486,7 @@ class PricesAnswer(TypedDict):
 
 
 def bad_price(code: str, ticker: str, until: datetime) -> Refused:
-    """The refusal of a ticker whose price is of no use, or too small for the books, until that moment."""
+    """Why a ticker has no price until that moment: what its sources say is none, or is too small."""
     if code == "unsupported_price":
         return Refused(
             code, f"{ticker} costs less than {UNIT:f} dollars, the least that there is here.", ticker=ticker
@@ -579,8 +579,8 @@ class Quote(db.Model):
         )
 
     def publish(self) -> bool:
-        """Make this quote that of all processes, with the splits and dividends that it is the first without;
-        False if another one came first with its `number`, or with one of theirs.
+        """Publish this quote to all processes, with the splits and dividends that came with it. False if
+        another process was first, with the same `number` or that of a split or dividend.
         """
         try:
             with transaction():
@@ -708,7 +708,7 @@ def in_lieu(split: Trade | sa.Row) -> Decimal:
     """The cash for what a split's shares are rounded down by, in dollars."""
     ratio = ratio_from(split.ratio)
     left = split.quantity * ratio.numerator - (split.quantity + Trade.change(split)) * ratio.denominator
-    return rounded(left * split.price / ratio.denominator, ROUND_FLOOR)  # A third of 3 is 1, divided last.
+    return rounded(left * split.price / ratio.denominator, ROUND_FLOOR)  # Divided last: thrice a third is 1.
 
 
 class QuoteExpired(Exception):
@@ -761,7 +761,7 @@ class Costs:
 
 
 class AdvanceAnswer(MarketAnswer):
-    fills: Annotated[list[TradeAnswer], means("What open orders brought on the way")]
+    fills: Annotated[list[TradeAnswer], means("The trades on the way: of open orders, splits and dividends")]
     prices: NotRequired[Annotated[dict[str, Price], means("Of the tickers that were asked for")]]
 
 
@@ -800,7 +800,7 @@ class PortfolioAnswer(TypedDict):
 
 
 class Account(db.Model):
-    """A user's cash, and the rules by which it changes. They change nothing when they refuse.
+    """A user's cash, and the rules by which it changes. Where one refuses, the transaction is undone.
 
     `run` counts how often the account has started over; `starting_cash` is what this run began with.
     Of its sample market, `market_clock` is where the clock stands, if it was stopped, and `pin_changes` is
@@ -826,7 +826,8 @@ class Account(db.Model):
     __table_args__ = (within("cash_balance", 0, ACCOUNT_LIMIT), within("starting_cash", 0, ACCOUNT_LIMIT))
 
     # What it knows besides: its open and held orders, what was booked under a key before (both when locked),
-    # and the number of the last split or dividend that was published for anybody.
+    # the number of the last split or dividend that was published for anybody, and in `held` the holdings that
+    # were read so far, by ticker.
     orders = ()
     earlier_trade = earlier_order = None
     knows_all_held = False
@@ -876,7 +877,6 @@ class Account(db.Model):
             run=self.run,
             ticker=quote.ticker,
             trade_type=action,
-            order_type="market",
             quantity=quantity,
             price=price,
             total_amount=total,
@@ -992,29 +992,29 @@ class Account(db.Model):
     ) -> PlacedOrder:
         """Fill `wanted` at once where the market is there already, or let it rest; `Refused` if it cannot.
 
-        Written are the order, what it brings, and the trade that fills it. A limit is filled at the market's
-        price, which is the better one, a stop that the market has passed at the market's, slipped. `day` is
-        the market's day, `old` the order in whose place it comes.
+        Written are the order, its legs (the sales that hang on it), and the trade that fills it. A limit is
+        filled at the market's price, which is the better one, a stop that the market has passed at the
+        market's, slipped. `day` is the market's day, `old` the order in whose place it comes.
         """
-        order, brought = self.written(wanted, usable(quote, wanted.action), costs, day, old, own)
-        for candidate in (order, *brought):
+        order, legs = self.write(wanted, usable(quote, wanted.action), costs, day, old, own)
+        for candidate in (order, *legs):
             if candidate.status == "open" and order.status == "open":
                 self.fill_at_once(candidate, quote, costs)
-        for resting in (order, *brought[:1]):
+        for resting in (order, *legs[:1]):
             if resting.is_working:
                 self.hold_back(resting, costs)
         if order.status == "open" and order.time_in_force in ("ioc", "fok"):
             order.close("canceled", self.orders, f"The market was at {plain(quote.price)}.")
         if sum(one.is_working for one in self.orders) > ORDERS_LIMIT:
             raise too_much(f"An account has at most {ORDERS_LIMIT} open and held orders.", ORDERS_LIMIT)
-        # A quote can be older than what the others have seen: that of a ticker which the market has no more.
+        # With others open, from what these have seen; else from its quote on, or on a stopped clock from now.
         self.are_settled(self.settled_at or (quote.timestamp if quote.valid_until else now()))
         return order
 
-    def written(
+    def write(
         self, wanted: NewOrder, quote: Quote, costs: Costs, day: date, old: PlacedOrder | None, own: dict
     ) -> tuple[PlacedOrder, list[PlacedOrder]]:
-        """Write `wanted` as an order, with what it brings, or with what the `old` one brought."""
+        """Write `wanted` as an order, with its legs, or with those of the `old` one."""
         names = ("ticker", "action", "order_type", "time_in_force")
         names += ("limit_price", "stop_price", "trail_percent", "trail_amount")
         slipped = costs.slipped(wanted.action, quote.price)
@@ -1032,20 +1032,20 @@ class Account(db.Model):
         if old:
             order.replaces, order.parent_id, order.status = old.id, old.parent_id, old.status
             order.is_triggered = old.is_triggered and old.stop_price == order.stop_price
-            brought = [one for one in self.orders if one.parent_id == old.id and one.is_working]
+            legs = [one for one in self.orders if one.parent_id == old.id and one.is_working]
             old.close("replaced", ())
         else:
             same |= {"ticker": order.ticker, "action": "sell", "time_in_force": order.time_in_force}
             same |= {"status": "held" if order.action == "buy" else "open"}
-            brought = [PlacedOrder(**same, **leg) for leg in wanted.legs]
+            legs = [PlacedOrder(**same, **leg) for leg in wanted.legs]
         db.session.add(order)
         db.session.flush()  # Which gives it its id.
-        for one in brought:
-            one.parent_id, one.quantity, one.market_time = order.id, order.quantity, order.market_time
-            db.session.add(one)
+        for leg in legs:
+            leg.parent_id, leg.quantity, leg.market_time = order.id, order.quantity, order.market_time
+            db.session.add(leg)
         db.session.flush()
-        self.orders = [*(one for one in self.orders if one not in brought), order, *brought]
-        return order, brought
+        self.orders = [*(one for one in self.orders if one not in legs), order, *legs]
+        return order, legs
 
     def fill_at_once(self, order: PlacedOrder, quote: Quote, costs: Costs) -> None:
         """Fill an order that is being placed, if the market is there already, and for no other price."""
@@ -1090,8 +1090,8 @@ class Account(db.Model):
             return
         if order.status == "open":
             self.need_shares(order.quantity, self.holding(order.ticker), order.group)
-        most, sales = Decimal(0), [o for o in self.orders if o.group == order.group and o.action == "sell"]
-        sales = [sale for sale in sales if sale.is_working]
+        sales = [o for o in self.orders if o.group == order.group and o.action == "sell" and o.is_working]
+        most = Decimal(0)
         for sale in sales:
             brings = value_of(sale.quantity, sale.limit or sale.stop_price)
             most = max(most, costs.commission(brings) - brings)
@@ -1114,14 +1114,15 @@ class Account(db.Model):
         changes = changed.model_dump(exclude_none=True)
         if order.parent_id and "quantity" in changes:
             raise invalid([{"field": "quantity", "message": "follows that of the order that brought it"}])
-        brought = [one for one in self.orders if one.parent_id == order.id and one.is_working]
-        wanted = checked(NewOrder, order.as_asked(brought) | changes)
+        legs = [one for one in self.orders if one.parent_id == order.id and one.is_working]
+        wanted = checked(NewOrder, order.as_asked(legs) | changes)
         if order.action == "sell":
             others = [o for o in self.orders if o is not order and o.group == order.group and o.is_working]
-            sales = {o.order_type == "limit": o for o in (*others, wanted) if o.action == "sell"}
-            gain, loss = sales.get(True), sales.get(False)
+            sales = [o for o in (*others, wanted) if o.action == "sell"]
+            gain = next((o.limit_price for o in sales if o.order_type == "limit"), None)
+            loss = next((o.stop_price for o in sales if o.order_type != "limit"), None)
             entry = next((o.entry_price for o in others if o.action == "buy"), None)
-            if wrong := upside_down(gain and gain.limit_price, loss and loss.stop_price, entry):
+            if wrong := upside_down(gain, loss, entry):
                 raise invalid([{"field": "body", "message": wrong}])
         return self.place(wanted, quote, costs, day, old=order, **own)
 
@@ -1232,11 +1233,12 @@ class Account(db.Model):
     def split_orders(self, action: CorporateAction, costs: Costs) -> None:
         """Have open orders ask for the same in new shares, and hold back anew what that may cost."""
         orders = [order for order in self.orders if order.is_working and order.ticker == action.ticker]
-        old, split = orders, f"A split of {ratio_text(action.ratio)}"
+        old = orders
+        split = f"A split of {ratio_text(action.ratio)}"
         if action.number is not None:  # A late one: what was placed meanwhile was meant in new shares.
             old = [order for order in orders if order.market_time < action.ex_at]
         for order in old:
-            if not order.split(action.ratio) and order.is_working:
+            if order.is_working and not order.split(action.ratio):
                 order.close("canceled", self.orders, f"{split} leaves no such order.")
         groups = {order.group for order in old}
         orders = [order for order in orders if order.is_working and order.group in groups]
@@ -1311,8 +1313,8 @@ class Account(db.Model):
         return account
 
     def holding(self, ticker: str) -> Holding:
-        """What this locked account has of `ticker`; always the same object. Others than the one that was
-        locked with it are read in one statement.
+        """What this locked account has of `ticker`, always as the same object. `locked` has read one; the
+        first question for another reads all the rest in one statement.
         """
         if ticker not in self.held and not self.knows_all_held:
             own = sa.select(Holding.ticker, Holding.quantity, Holding.cost_basis)
@@ -1564,10 +1566,10 @@ class Written:
     can_prepare = True
 
     def __init__(self, statement, dialect: sa.Dialect):
-        style = "named" if dialect.name == "sqlite" else "pyformat"
         if isinstance(statement, str):  # Such as TIME_LIMITS, which have no plan.
             self.sql, self.prepare, self.call = statement, None, statement
             return
+        style = "named" if dialect.name == "sqlite" else "pyformat"
         compiled = statement.compile(dialect=type(dialect)(paramstyle=style))
         numbered = statement.compile(dialect=type(dialect)(paramstyle="numeric_dollar"))
         self.sql, columns = str(compiled), statement.exported_columns

@@ -7,6 +7,7 @@ holdings is `Account.settle` in models.py; `Account.place` decides what is fille
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
@@ -337,14 +338,14 @@ class PlacedOrder(db.Model):
 
     @property
     def group(self) -> int:
-        """An order and what it brought have the same."""
+        """An order and its legs have the same."""
         return self.parent_id or self.id
 
     def close(self, status: str, orders: Iterable["PlacedOrder"], reason: str | None = None) -> None:
         """End it, and with it what hangs on it among `orders`.
 
-        What a purchase brought goes live when it is filled, and ends with it otherwise. Of two sales that
-        one order brought, or that came together, the one ends with the other.
+        The legs of a purchase go live when it is filled, and end with it otherwise. Of two legs, or of two
+        sales that came together, the one ends with the other.
         """
         self.status, self.reason = status, reason and reason[:300]
         self.closed_at, self.reserved_cash = now(), Decimal(0)
@@ -365,11 +366,11 @@ class PlacedOrder(db.Model):
         pairs = (o for o in orders if o is not self and o.group == self.group and o.status == "open")
         return next(pairs, None)
 
-    def as_asked(self, brought: list["PlacedOrder"]) -> dict:
-        """It and what it brought in the words in which it could be placed again."""
+    def as_asked(self, legs: list["PlacedOrder"]) -> dict:
+        """It and its `legs` in the words in which it could be placed again."""
         same = ("ticker", "action", "quantity", "order_type", "limit_price", "stop_price", "time_in_force")
         asked = {name: getattr(self, name) for name in same}
-        for leg in brought:
+        for leg in legs:
             if leg.order_type == "limit":
                 asked["take_profit"] = {"limit_price": leg.limit_price}
             else:
@@ -387,7 +388,7 @@ class PlacedOrder(db.Model):
     @classmethod
     def of(cls, user_id: int, order_id: str) -> "PlacedOrder":
         """The user's own order of that number; `Refused` if there is none."""
-        is_number = order_id.isascii() and order_id.isdecimal() and len(order_id) < 19
+        is_number = re.fullmatch("[0-9]{1,18}", order_id)
         own = sa.select(cls).filter_by(user_id=user_id, id=int(order_id) if is_number else 0)
         order = db.session.scalar(own)
         if order is None:
@@ -401,7 +402,7 @@ class PlacedOrder(db.Model):
 
     @classmethod
     def relatives(cls, orders: Iterable["PlacedOrder"]) -> Sequence["PlacedOrder"]:
-        """These orders, what they brought or came with, and what replaced them, in the order of their ids."""
+        """These orders, their legs or what they came with, and what replaced them, in the order of ids."""
         groups, ids = {order.group for order in orders}, {order.id for order in orders}
         related = cls.id.in_(groups) | cls.parent_id.in_(groups) | cls.replaces.in_(ids)
         return db.session.scalars(sa.select(cls).where(related).order_by(cls.id)).all()

@@ -2,7 +2,7 @@
 
 Both kinds of market answer `look_up(ticker, account)` with a `Quote`, or with a `Refused` that says
 `unknown_ticker` (a source said that there is no such thing), `unsupported_price` (it is too small for the
-books) or `price_unavailable` (nobody answered). They are never mixed up: a bot gives up on the first and
+books) or `price_unavailable` (nobody answered). These are never mixed up: a bot gives up on the first and
 tries again on the last. Read `LiveMarket` first, then the sources that it asks, then `SampleMarket`.
 """
 
@@ -424,8 +424,10 @@ class LiveMarket:
         """Whether there are splits and dividends that the account has not had, or prices that its open orders
         have not seen; asks for those that ran out.
         """
-        if self.has_news_for(account) or not account.settled_at:
-            return self.has_news_for(account)
+        if self.has_news_for(account):
+            return True
+        if not account.settled_at:
+            return False
         moment, seen, ended = now(), {}, False
         with snapshot():
             orders = PlacedOrder.working(account.user_id)
@@ -442,7 +444,7 @@ class LiveMarket:
         that it has not had, in the order of time: they come with the quote that is the first without them.
         """
         seen = {order.ticker: order.quote_number for order in account.orders if order.status == "open"}
-        # A price that is published once more has its old time; none that is new to them is older than they.
+        # A price that is published once more keeps its old time: orders see it when they were placed, then.
         placed = max((order.placed_at for order in account.orders), default=moment)
         ticks = []
         for quote in Quote.after(seen):
@@ -1249,7 +1251,7 @@ class SampleMarket:
 
     def quotes(self, tickers: list[str], account: Account) -> dict[str, Quote]:
         """The quotes of those `tickers` that there are, all of the same moment."""
-        minute = datetime.now(UTC).replace(second=0, microsecond=0)
+        minute = now().replace(second=0, microsecond=0)
         clock, pins = self.clock(account), account.pins
         quotes = {
             t: self.quote_at(t, minute, clock, pins.get(t)) or self.last_traded(t, account) for t in tickers
@@ -1257,7 +1259,7 @@ class SampleMarket:
         return {ticker: quote for ticker, quote in quotes.items() if quote}
 
     def last_traded(self, ticker: str, account: Account) -> Quote | None:
-        """What a ticker cost in the account's last trade of it, for whom a changed file has left with it."""
+        """What a ticker cost in the account's last trade of it, where a changed file has it no more."""
         trade = Trade.latest_in(ticker, account)
         return trade and Quote(
             ticker=ticker,

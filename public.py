@@ -88,8 +88,8 @@ def with_request_id(line: logging.LogRecord) -> bool:
 
 
 def without_query(line: logging.LogRecord) -> bool:
-    """Cut a line short in which a web server quotes what it cannot read, such as `GET /a b?key=...`: in a
-    query somebody may have put a key.
+    """Cut a web server's line at its first `?`: it quotes what it cannot read, such as `GET /a b?key=...`,
+    and somebody may have put a key into a query.
     """
     line.msg, line.args = line.getMessage().partition("?")[0], ()
     return True
@@ -135,7 +135,7 @@ class Gate:
             if all(name != "Content-Security-Policy" for name, _ in headers):  # A page brings its own.
                 headers.append(NO_SOURCES)
             if "https" in (environ["wsgi.url_scheme"], environ.get("HTTP_X_FORWARDED_PROTO")):
-                headers.append(STAY_WITH_HTTPS)  # To forge that gains nothing: over HTTP browsers ignore it.
+                headers.append(STAY_WITH_HTTPS)  # Forging it gains nothing: over HTTP browsers ignore it.
             if self.origins:
                 headers.append(("Vary", "Origin"))
             if origin:
@@ -155,7 +155,7 @@ class Gate:
             self.count += 1
             self.errors += answered >= "500"
             self.last.append(milliseconds)
-            path = environ["PATH_INFO"].partition("?")[0]  # There too can one stand: sent as %3F.
+            path = environ["PATH_INFO"].partition("?")[0]  # A query can hide there, too: sent as %3F.
             asked = f"{environ['REQUEST_METHOD']} {path} {environ['SERVER_PROTOCOL']}"
             address, booked = environ.get("REMOTE_ADDR"), environ.get("broker.booked", "")
             log.info("%s %s %s %.1f ms%s", address, quoted(asked), answered, milliseconds, booked)
