@@ -932,13 +932,14 @@ def content() -> bytes:
     """The request's body, whole; refused if it was cut short."""
     try:
         content = request.get_data()
+        # Without a length said before, what is too long is cut off in silence.
+        is_full = request.content_length is None and len(content) >= request.max_content_length
+        if is_full and request.environ["wsgi.input"].read(1):
+            raise RequestEntityTooLarge
     except HTTPException:
         raise
     except Exception as error:  # Each server raises its own for a bad chunk; all are the client's.
         raise Refused("invalid_json", "The body could not be read to its end.") from error
-    is_chunked = request.environ.get("wsgi.input_terminated")
-    if is_chunked and len(content) >= request.max_content_length and request.environ["wsgi.input"].read(1):
-        raise RequestEntityTooLarge  # Without a length said before, what is too long is cut off in silence.
     if request.content_length not in (None, len(content)):  # A server passes on one that was cut short.
         raise Refused(
             "invalid_json",

@@ -227,6 +227,9 @@ RAW = {
     "a whole order and a bad chunk": b"Transfer-Encoding: chunked\r\n\r\n"
     + f"{len(json.dumps(ORDER)):x}\r\n{json.dumps(ORDER)}\r\nzz\r\n\r\n".encode(),
     "a cut chunk": b"Transfer-Encoding: chunked\r\n\r\n40\r\n" + json.dumps(ORDER).encode(),
+    "as much as may be and a bad chunk": b"Transfer-Encoding: chunked\r\n\r\n10000\r\n"
+    + json.dumps(ORDER).ljust(64 * 1024).encode()
+    + b"\r\nzz\r\n\r\n",
     "no length": b"\r\n",
     "a negative length": b"Content-Length: -1\r\n\r\n",
     "two lengths": b"Content-Length: 3\r\nContent-Length: 4\r\n\r\n{}  ",
