@@ -1031,7 +1031,11 @@ def page_of(kind: str, symbols: dict[str, str], asked: BarsAsked) -> dict:
     The token has the moment at which the first page was asked for: what is dated back from it stays there.
     """
     place = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,16})", asked.page_token)
-    skip, moment = (int(place[1]), EPOCH + timedelta(microseconds=int(place[2]))) if place else (0, now())
+    if asked.page_token and not place:
+        raise Refused("invalid_request", "page_token: must be the next_page_token of a page")
+    skip, moment = 0, now()
+    if place:
+        skip, moment = int(place[1]), min(moment, EPOCH + timedelta(microseconds=int(place[2])))
     if kind != "bars":
         asked.timeframe = MINUTES
     found = unless_all_refuse(

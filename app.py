@@ -33,7 +33,7 @@ import flask_swagger_ui
 import sqlalchemy as sa
 from flask import Blueprint, Flask, Response, g, request
 from flask_migrate import Migrate, upgrade
-from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DatabaseError, DataError, DBAPIError, IntegrityError, InterfaceError
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import IntegerConverter
 
@@ -278,12 +278,12 @@ def http_problem(error: HTTPException) -> Response:
     return response
 
 
-@app.errorhandler(OperationalError)
+@app.errorhandler(DatabaseError)  # A standby's, say, which takes no writes, or for a table that is not there.
 @app.errorhandler(InterfaceError)
-@app.errorhandler(InternalError)  # A standby, say, which takes no writes.
-@app.errorhandler(ProgrammingError)  # PostgreSQL's word for tables that are not there, or not ours to read.
 @app.errorhandler(sa.exc.TimeoutError)
 def database_unavailable(error: Exception) -> Response:
+    if isinstance(error, IntegrityError | DataError):
+        raise error  # The database is well, and this a bug of ours.
     app.logger.error("The database does not answer: %s", type(getattr(error, "orig", error)).__name__)
     return problem("database_unavailable", "The database does not answer; try again in a moment.")
 
@@ -604,6 +604,7 @@ def at_the_market() -> tuple[Account, Sequence, dict[str, Quote]]:
     for _ in range(3):
         account, holdings = Account.with_holdings(g.user_id, g.key_hash)
         quotes = market.quotes([holding.ticker for holding in holdings], account)
+        db.session.close()  # Pins were read with it, and what follows takes a connection of its own.
         if not market.is_ahead_of(account):
             break  # Else the prices are of other shares. A standby cannot book them, and tells what it has.
         if newest := Account.with_key(g.key_hash):
@@ -727,6 +728,12 @@ def page_of(name: str, kind: type[Trade] | type[PlacedOrder], page: Page | Order
     return {name: [one.to_dict() for one in found[: page.limit]], "next_cursor": next_cursor}
 
 
+def read_page(kind: type[Trade] | type[PlacedOrder], **chosen) -> Sequence:
+    """A page of yours whose connection is given back: a client who reads slowly keeps none."""
+    with snapshot():
+        return kind.page(g.user_id, **chosen)
+
+
 CSV_COLUMNS = ["id", "run", "timestamp"]
 CSV_COLUMNS += [n for n in TradeAnswer.__annotations__ if n not in (*CSV_COLUMNS, "user_id", "dry_run")]
 
@@ -736,7 +743,7 @@ CSV_COLUMNS += [n for n in TradeAnswer.__annotations__ if n not in (*CSV_COLUMNS
 def trades_csv(filters: Filters) -> Annotated[Response, "text/csv"]:
     """All your trades that pass the filters, newest first, as CSV."""
     chosen = filters.model_dump() | {"run": filters.run or g.account.run}  # One run from end to end.
-    return csv_answer("trades.csv", CSV_COLUMNS, partial(Trade.page, g.user_id, **chosen))
+    return csv_answer("trades.csv", CSV_COLUMNS, partial(read_page, Trade, **chosen))
 
 
 @app.get("/api/v1/trades/<id>")
@@ -866,7 +873,7 @@ def orders_csv(filters: OrderFilters) -> Annotated[Response, "text/csv"]:
     """All your orders of a run that pass the filters, newest first, as CSV."""
     chosen = filters.model_dump() | {"run": filters.run or g.account.run}
     columns = list(OrderAnswer.__annotations__)
-    return csv_answer("orders.csv", columns, partial(PlacedOrder.page, g.user_id, **chosen))
+    return csv_answer("orders.csv", columns, partial(read_page, PlacedOrder, **chosen))
 
 
 @app.get("/api/v1/orders/<id>")

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import click
+import sqlalchemy as sa
 from flask import Blueprint, Flask, current_app
 from flask.cli import AppGroup
 from sqlalchemy.exc import DBAPIError
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from alpaca_face import broker
-from database import database_says
+from database import OutcomeUnknown, database_says
 from messages import NewAccount, Refused, checked, iso, plain
 from models import User
 from pricing import NoSuchTicker, SourceFailed, Yahoo
@@ -37,6 +38,9 @@ class Command(click.Command):
             raise click.ClickException(refusal.detail) from None
         except DBAPIError as error:
             raise click.ClickException(database_says(error)) from None
+        except (OutcomeUnknown, sa.exc.TimeoutError):
+            sentence = "The database does not answer; look first what has happened."
+            raise click.ClickException(sentence) from None
 
 
 users = AppGroup("user", help="Open and close accounts.")
@@ -140,12 +144,13 @@ def serve(app: Flask, host: str, port: int, prepare: Callable, what: str) -> Non
     try:
         with app.app_context():
             prepare()
-        server = make_server(host, port, app, threaded=True, request_handler=Handler)
     except Refused as refusal:
         sys.exit(refusal.detail)
     except DBAPIError as error:
         sys.exit(database_says(error))
-    except SystemExit:  # Werkzeug has said why.
+    try:
+        server = make_server(host, port, app, threaded=True, request_handler=Handler)
+    except (SystemExit, OSError, UnicodeError):  # Werkzeug has said why, where it is the first.
         sys.exit(f"HOST={host} PORT={port} cannot be served.")
     print(what, flush=True)
     server.daemon_threads = False  # So that it answers what is in flight before it ends.

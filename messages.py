@@ -302,8 +302,10 @@ def number_below(limit: Decimal, least: float = 1e-8) -> WithJsonSchema:
     numbers = [{"type": "number", "minimum": 1e-8, "exclusiveMaximum": int(limit)}]
     numbers += [] if least else [{"type": "number", "enum": [0]}]
     too_small = r"(?!0+(\.(0{1,7}|0{8}[0-9]*))?$)" if least else r"(?!0+\.0{8}0*[1-9])"
-    digits = rf"^{too_small}(?!9{{10}}\.9{{8}})[0-9]{{1,10}}(\.[0-9]+)?$"
-    exponent = r"^[1-9](\.[0-9]{1,7})?[eE](-[1-7]|\+?[0-8])$"
+    most = str(int(limit) - 1)  # 9999999999, say: its first digit is the only one that is not a 9.
+    more = len(most) - 1
+    digits = rf"^{too_small}(?!{most}\.9{{8}})[0-{most[0]}]?[0-9]{{1,{more}}}(\.[0-9]+)?$"
+    exponent = rf"^[1-9](\.[0-9]{{1,7}})?[eE](-[1-7]|\+?[0-{more - 1}])$"
     texts = [{"type": "string", "pattern": pattern} for pattern in (digits, exponent)]
     return WithJsonSchema({"anyOf": [*numbers, *texts]})
 

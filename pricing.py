@@ -319,12 +319,11 @@ class LiveMarket:
         Two processes cannot publish the same `number` of a ticker: who comes second takes what the
         first one published. So one quote at most is in force at any moment.
         """
-        quote = None
         while True:
             last = Quote.latest(ticker)
             if last and last.valid_until > now():
                 return last
-            quote = quote or self.new_quote(ticker, last)
+            quote = self.new_quote(ticker, last)
             quote.number = last.number + 1 if last else 1
             if quote.publish():
                 return quote
@@ -861,6 +860,8 @@ def candles(chart: dict) -> Iterator[tuple[datetime, list[Decimal | None]]]:
     lists = [v if len(v := columns.get(field) or ()) == len(moments) else unknown for field in FIELDS]
     for at, *prices, volume in zip(moments, *lists, strict=True):
         if prices[-1] is not None:
+            if not abs(at) < 10**11:  # Before it is an integer: that of 1e999999999 has a billion digits.
+                raise ValueError("its time is none")
             moment = (EPOCH + timedelta(seconds=int(at))).astimezone(zone)
             is_volume = isinstance(volume, Decimal) and 0 <= volume < VOLUME_LIMIT
             yield moment, [*map(price_meant, prices), rounded(volume) if is_volume else Decimal(0)]
@@ -972,7 +973,8 @@ def to_decimal(amount: Fraction) -> Decimal:
 def actions_told(chart: dict, quote: Quote) -> list[CorporateAction]:
     """The splits and dividends of a chart, the oldest first, as they came with a `quote`."""
     splits, dividends = events_of(quote.ticker, chart)
-    known = {"price": quote.price, "source": quote.source, "published_at": quote.timestamp}
+    known = {"source": quote.source, "published_at": quote.timestamp}
+    known |= {"price": quote.price if quote.currency == "USD" else UNIT}  # What else is it in dollars?
     actions = [CorporateAction.split(quote.ticker, ratio, ex_at=at, **known) for at, ratio in splits]
     actions += [CorporateAction.dividend(quote.ticker, amount, ex_at=at, **known) for at, amount in dividends]
     return sorted(actions, key=attrgetter("ex_at", "kind"))
@@ -980,7 +982,7 @@ def actions_told(chart: dict, quote: Quote) -> list[CorporateAction]:
 
 def is_credible(action: CorporateAction, quote: Quote, last: Quote | None) -> bool:
     """Whether a dividend is in dollars and less than a share of that day cost, now or last; if not, a line in
-    the log says so.
+    the log says so. A split always is.
     """
     if action.kind == "split":
         return True
@@ -988,7 +990,8 @@ def is_credible(action: CorporateAction, quote: Quote, last: Quote | None) -> bo
         log.warning("%s: left out a %s: it is not paid in USD", quote.source, action)
         return False
     splits = [(split.ex_at, split.ratio) for split in quote.actions if split.kind == "split"]
-    since, price = later_splits(splits)(action.ex_at), max(quote.price, last.price if last else 0)
+    since = later_splits(splits)(action.ex_at)
+    price = max(quote.price, last.price if last and last.currency == "USD" else 0)
     if action.amount * since.denominator < price * since.numerator:
         return True
     log.warning("%s: left out a %s: a share costs less", quote.source, action)
@@ -1002,7 +1005,8 @@ def zone_of(meta: dict) -> tzinfo:
     try:
         return ZoneInfo(meta["exchangeTimezoneName"])
     except (KeyError, ValueError, TypeError, OSError):
-        return timezone(timedelta(seconds=int(meta.get("gmtoffset") or 0)))
+        offset = meta.get("gmtoffset") or 0
+        return timezone(timedelta(seconds=int(offset) if abs(offset) < 86_400 else 0))
 
 
 def price_meant(number) -> Decimal | None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-SECONDS, DATE = re.compile(r"-?[0-9]+(\.[0-9]+)?"), re.compile(r"((?:19|20)[0-9]{6})(\.0)?")
+SECONDS, DATE = re.compile(r"-?[0-9]+(\.[0-9]+)?"), re.compile(r"((?:19|20)[0-9]{6})(\.0+)?")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([Ee][+-]?[0-9]{1,3})?")
 RATIO = re.compile(r"([0-9]{1,12}):([0-9]{1,12})")
 TICKER = re.compile(r"(?=.*[A-Za-z0-9])[A-Za-z0-9.=^-]{1,20}|[A-Za-z0-9]{1,10}/[A-Za-z0-9]{1,9}")
@@ -343,7 +343,8 @@ def time_from(text: str) -> datetime:
             number = float(text)
             unit = "seconds" if abs(number) < 1e11 else "milliseconds"
             return EPOCH + timedelta(**{unit: number})
-        moment = datetime.fromisoformat(date[1] if date else text.upper())
+        text = re.sub(r"^([0-9]{4})\.([0-9]{2})\.([0-9]{2})", r"\1-\2-\3", date[1] if date else text.upper())
+        moment = datetime.fromisoformat(text)
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
         sentence = f"{text[:40]!r} is no time such as 2012-06-01T00:00:00Z in the years 1 to 9999"

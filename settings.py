@@ -37,12 +37,14 @@ def checked_database(url: str) -> str:
             login, hosts, name, options = several.groups("")
             rest = f"{login}/{name}?{options}&host=" + hosts.replace(",", "&host=")
         url = f"postgresql+psycopg2://{rest}"
-    elif scheme != "sqlite" or rest.strip("/") in ("", ":memory:"):
-        raise ValueError("it must begin with postgresql://, postgres:// or sqlite:/// and name a database.")
+    elif scheme != "sqlite":
+        raise ValueError("it must begin with postgresql://, postgres:// or sqlite:///.")
     try:
-        sa.make_url(url)
+        parsed = sa.make_url(url)
     except (ValueError, sa.exc.ArgumentError):
         raise ValueError("it is no URL: its port, say, is no number.") from None
+    if scheme == "sqlite" and (parsed.host or not parsed.database or re.search(":memory:|mode=memory", url)):
+        raise ValueError("it must name a file after sqlite:///.")
     return url
 
 

@@ -957,6 +957,20 @@ def test_a_price_that_cannot_be_had_is_504_and_one_that_is_not_there_is_none(dor
     assert requests.get(path, timeout=60).status_code == 401
 
 
+@pytest.mark.parametrize("token", ["garbage", "5.", "1.99999999999999999"])
+def test_a_token_of_no_page_is_refused(carla, token):
+    answer = ask(carla, "GET", f"/v2/stocks/bars?symbols=AAPL&timeframe=1Day&page_token={token}")
+    assert answer.status_code == 422
+
+
+def test_a_made_up_token_shows_nothing_that_is_yet_to_come(alice):
+    ask_for = "/v2/stocks/bars?symbols=AAPL&timeframe=1Day&limit=1&page_token=0."
+    later = datetime.now(UTC) + timedelta(minutes=3)
+    shown = ask(alice, "GET", f"{ask_for}{int(later.timestamp() * 10**6)}").json()
+    now = ask(alice, "GET", f"{ask_for}{int(datetime.now(UTC).timestamp() * 10**6)}").json()
+    assert shown["bars"] == now["bars"]
+
+
 def test_a_market_may_reach_to_the_end_of_all_dates(new_database, tmp_path):
     file = tmp_path / "market.csv"
     file.write_text("date,ticker,price\n2024-01-01,ABC,5\n9999-12-31,ABC,3\n")

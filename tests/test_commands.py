@@ -2,8 +2,11 @@
 
 import json
 import re
+import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from cast import ADMIN, ROOT, Here, Server, Trader, environment, flask, loaded
+from cast import ADMIN, ROOT, Here, Server, Trader, environment, flask, free_port, loaded
 from standins import MarketStandIn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -176,6 +179,9 @@ def python_app_py(**settings) -> subprocess.CompletedProcess:
         {"DATABASE_URL": "mysql://localhost/x"},
         {"DATABASE_URL": "postgresql://user:password@host:port/x"},
         {"DATABASE_URL": "sqlite:///:memory:"},
+        {"DATABASE_URL": "sqlite:///file::memory:?uri=true"},
+        {"DATABASE_URL": "sqlite:///?mode=memory"},
+        {"DATABASE_URL": "sqlite://file.db"},
         {"ADMIN_API_KEY": "the admin's long key"},
         {"ADMIN_API_KEY": "the-schlüssel-of-the-admin"},
         {"PRICE_CACHE_SECONDS": "0"},
@@ -279,6 +285,50 @@ def test_a_host_that_cannot_be_found_is_said_with_its_name(new_database):
     done = python_app_py(HOST="nowhere.invalid", DATABASE_URL=new_database().migrate().url)
     assert done.returncode == 1
     assert "HOST=nowhere.invalid" in done.stderr.splitlines()[-1]
+
+
+def test_a_file_that_is_no_database_is_not_available_and_no_fault(tmp_path):
+    file = tmp_path / "file.db"
+    file.write_text("This is a letter to my mother, and no database at all." * 100)
+    with Here(f"sqlite:///{file}") as server:
+        headers = {"Authorization": "Bearer some-key"}
+        answer = requests.get(f"{server.url}/api/v1/balance", headers=headers, timeout=30)
+        assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
+
+
+def test_a_database_of_a_later_version_is_no_fault_of_the_port(tmp_path):
+    """What Alembic says of it is the last line, and nothing of where it would have been served."""
+    folder = tmp_path / "program"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "instance", "tests", "bench"))
+    url = f"sqlite:///{folder}/instance/sample.db"
+    (folder / "instance").mkdir()
+    assert flask("db", "upgrade", DATABASE_URL=url, PRICE_SOURCES="sample").returncode == 0
+    with closing(sqlite3.connect(folder / "instance" / "sample.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+    done = subprocess.run(
+        [sys.executable, "app.py"],
+        cwd=folder,
+        env=environment(PRICE_SOURCES="sample", PORT=free_port()),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "9999" in done.stderr
+    assert "PORT" not in done.stderr
+
+
+@pytest.mark.parametrize("error", ["sa.exc.TimeoutError()", "OutcomeUnknown()"])
+def test_a_command_whose_database_does_not_answer_ends_with_one_clear_line(new_database, monkeypatch, error):
+    with loaded(DATABASE_URL=new_database().migrate().url, PRICE_SOURCES="sample") as program:
+        reason = eval(error, program)
+
+        def fails(*_):
+            raise reason
+
+        monkeypatch.setattr(program["User"], "all", fails)
+        done = program["app"].test_cli_runner().invoke(args=["user", "list"])
+    assert (done.exit_code, done.stderr.count("The database does not answer")) == (1, 1)
 
 
 def test_no_account_has_the_admins_own_key(server, database):

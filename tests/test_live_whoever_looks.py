@@ -218,6 +218,45 @@ def test_a_dividend_on_what_costs_no_dollars_is_not_booked_in_dollars(live):
     assert [trade["trade_type"] for trade in trades] == ["correction"]
 
 
+def test_what_was_quoted_in_yen_does_not_make_a_dividend_credible(live):
+    live.prices["ONCEYEN"], live.currencies["ONCEYEN"] = Decimal(1500), "JPY"
+    moment = BEGIN - timedelta(days=250)
+    with time_machine.travel(moment, tick=True) as clock:
+        opened = live.ask(ADMIN, "POST", "users", email="once-yen@example.com")
+        correction = {"ticker": "ONCEYEN", "quantity": 100, "reason": "A transfer"}
+        live.ask(ADMIN, "POST", f"users/{opened['user_id']}/corrections", **correction)
+        live.ask(opened["api_key"], "GET", "price/ONCEYEN")
+        clock.move_to(moment + timedelta(hours=1))
+        live.prices["ONCEYEN"], live.currencies["ONCEYEN"] = Decimal(10), "USD"
+        paid = {"date": Decimal(int(moment.timestamp()) + 1800), "amount": Decimal(200)}
+        live.events["ONCEYEN"] = {"dividends": {"1": paid}}
+        live.ask(opened["api_key"], "GET", "price/ONCEYEN")
+        trades = live.ask(opened["api_key"], "GET", "trades")["trades"]
+    assert [trade["trade_type"] for trade in trades] == ["correction"]
+
+
+def test_a_split_of_what_costs_no_dollars_is_worth_none(live):
+    live.prices["SPLITP"], live.currencies["SPLITP"] = Decimal(14400), "GBp"
+    moment = BEGIN - timedelta(days=150)
+    with time_machine.travel(moment, tick=True) as clock:
+        opened = live.ask(ADMIN, "POST", "users", email="split-pence@example.com", cash=1000)
+        correction = {"ticker": "SPLITP", "quantity": "1000.00000001", "reason": "A transfer"}
+        live.ask(ADMIN, "POST", f"users/{opened['user_id']}/corrections", **correction)
+        live.ask(opened["api_key"], "GET", "price/SPLITP")
+        clock.move_to(moment + timedelta(hours=1))
+        live.prices["SPLITP"] = Decimal(9600)
+        happened = {"date": Decimal(int(moment.timestamp()) + 1800)}
+        split = happened | {"numerator": Decimal(3), "denominator": Decimal(2)}
+        live.events["SPLITP"] = {"splits": {"1": split}}
+        live.ask(opened["api_key"], "GET", "price/SPLITP")
+        trades = live.ask(opened["api_key"], "GET", "trades")["trades"]
+        history = live.ask(opened["api_key"], "GET", "account/history")
+        (held,) = live.ask(opened["api_key"], "GET", "portfolio")["holdings"]
+    assert [trade["trade_type"] for trade in trades] == ["split", "correction"]
+    assert (trades[0]["total_amount"], held["quantity"]) == (0, Decimal("1500.00000001"))
+    assert all((point["equity"] or 1000) < Decimal("1000.01") for point in history["points"])
+
+
 def test_a_quote_that_is_not_in_dollars_is_no_drawdown(live):
     live.prices["YEN"], live.currencies["YEN"] = Decimal(1500), "JPY"
     moment = BEGIN - timedelta(days=200)

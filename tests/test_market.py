@@ -416,6 +416,34 @@ def test_a_body_in_chunks_may_be_as_long_as_any_other(alice, database, by, space
         assert len(alice.trades) == (status == 200)
 
 
+@pytest.mark.parametrize("path", ["trades.csv", "orders.csv"])
+def test_who_reads_slowly_keeps_no_connection_to_the_database(alice, path):
+    alice.sees("AAPL", at=1).buys(1, "AAPL")
+    alice.rests("buy", 1, "AAPL", limit_price="0.5")
+    with in_process(alice) as (program, ask):
+        heading, *rows = ask("GET", f"/api/v1/{path}").iter_encoded()  # All of them: one page.
+        assert len(rows) == 1
+        with program["app"].app_context():
+            lines = ask("GET", f"/api/v1/{path}").iter_encoded()
+            assert next(lines) == heading
+            assert next(lines) == rows[0]
+            assert program["db"].engine.pool.checkedout() == 0
+
+
+def test_who_looks_for_news_gives_the_connection_back_that_has_read_the_pins(alice, monkeypatch):
+    alice.sees("AAPL", at=1).buys(1, "AAPL")
+    with in_process(alice) as (program, ask):
+        in_use, market = [], program["market"]
+
+        def is_ahead_of(account):
+            in_use.append(program["db"].engine.pool.checkedout())
+            return False
+
+        monkeypatch.setattr(market, "is_ahead_of", is_ahead_of)
+        assert ask("GET", "/api/v1/portfolio").status_code == 200
+        assert in_use == [0]
+
+
 @pytest.mark.parametrize("quantity", [str(Decimal(0.1)), f"0.1{'0' * 400}", "1e-1", "1000000000e-10"])
 def test_digits_of_a_text_are_rounded_however_many_there_are(alice, quantity):
     assert alice.sees("AAPL", at=1).buys(quantity, "AAPL")["quantity"] == Decimal("0.1")

@@ -533,6 +533,8 @@ def test_rows_that_end_early_and_footers_have_no_price(read):
         ("2024-03-07 00:00:00.123456789", DAY + timedelta(microseconds=123456)),
         ("20240307", DAY),
         ("20240307.0", DAY),
+        ("20240307.00", DAY),
+        ("2024.03.07 09:30", DAY + timedelta(hours=9, minutes=30)),
         ("1709769600", DAY),
         ("1709769600.0", DAY),
         ("1709769600000", DAY),
@@ -555,6 +557,7 @@ def test_a_time_is_read_as_it_is_written(read, column, text, moment):
         ("date,time,close", "2024-03-07,09:30,1"),
         ("<TICKER>,<PER>,<DATE>,<TIME>,<CLOSE>", "ABC,60,20240307,093000,1"),
         ("Time,Close,Date", "09:30:00,1,2024-03-07"),
+        ("<DATE>\t<TIME>\t<CLOSE>", "2024.03.07\t09:30:00\t1"),
     ],
 )
 def test_a_date_and_a_time_beside_it_are_one_moment(read, heading, row):

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pricing import events_of, parsed
+from pricing import candles, events_of, parsed
 
 DAY = datetime(2024, 5, 10, 13, 30, tzinfo=UTC)
 
@@ -160,6 +160,18 @@ def test_more_splits_than_can_be_are_believed_in_nothing(caplog):
     """Nor are the dividends: nobody knows what they are adjusted for."""
     assert found(said([split(day, 3.0, 2.0) for day in range(-101, 0)], [dividend(1)])) == [[], []]
     assert caplog.messages == ["yahoo_finance: left out 1 events of ABC: no share has had so many splits"]
+
+
+@pytest.mark.parametrize(("time", "offset", "rows"), [("1e400000", "0", None), ("0", "1e400000", 1)])
+def test_a_time_of_a_million_digits_is_not_written_out(time, offset, rows):
+    """As an integer it would take minutes."""
+    chart = f'{{"timestamp": [{time}], "meta": {{"gmtoffset": {offset}}}'
+    chart = parsed(chart + ', "indicators": {"quote": [{"close": [1.5]}]}}')
+    if rows:
+        assert len(list(candles(chart))) == rows
+    else:
+        with pytest.raises(ValueError, match="its time is none"):
+            list(candles(chart))
 
 
 def test_a_number_of_a_billion_digits_is_no_ratio():
