@@ -41,6 +41,7 @@ from messages import (
     BarOptions,
     ChangedOrder,
     NewOrder,
+    OrderStatus,
     OrderType,
     Refused,
     checked,
@@ -56,7 +57,7 @@ from messages import (
     text_like,
     whole_number,
 )
-from models import Account, PortfolioAnswer, Quote, Trade, User
+from models import Account, PortfolioAnswer, Quote, Trade, User, unless_refused
 from orders import PlacedOrder
 from pricing import A_MONDAY, DAY, NEW_YORK, LiveMarket, SampleMarket, joined, no_such_ticker
 from recorded import EPOCH, ONE, Bar
@@ -103,8 +104,7 @@ def is_coin(ticker: str) -> bool:
 
 def symbol_of(ticker: str, between: str = "/") -> str:
     """How Alpaca spells a ticker: BTC/USD, in a position BTCUSD, and BRK.B."""
-    share = re.fullmatch(SHARE_CLASS, ticker)
-    if share:
+    if share := re.fullmatch(SHARE_CLASS, ticker):
         return f"{share[1]}.{share[2]}"
     return between.join(ticker.rsplit("-", 1)) if is_coin(ticker) else ticker
 
@@ -222,16 +222,6 @@ def sent_key() -> str:
     """The API key as Alpaca's clients send it: as the secret, or as the password."""
     password = request.authorization and request.authorization.password
     return request.headers.get("APCA-API-SECRET-KEY") or password or ""
-
-
-def needs_no_key() -> bool:
-    """Whether the request asks for prices of coins, which Alpaca tells everybody."""
-    return request.path.startswith("/alpaca/v1beta3/crypto/")
-
-
-def anybody() -> Account:
-    """Who looks at the sample market without a key: it has the wall clock and no pins."""
-    return Account(user_id=0, pin_changes=0)
 
 
 # Reading requests. What clients send besides is passed over: `feed`, `adjustment`, `extended_hours`, ...
@@ -365,10 +355,13 @@ def configurations() -> dict:
 PERIOD_DAYS = {"D": 1, "W": 7, "M": 30, "A": 365, "Y": 365}
 
 
-class HistoryAsked(Asked):
-    period: str = "1M"
+class Span(Asked):
     start: Moment = None
     end: Moment = None
+
+
+class HistoryAsked(Span):
+    period: str = "1M"
 
 
 @face.get("/v2/account/portfolio/history")
@@ -483,14 +476,9 @@ def clock() -> dict:
     return {"timestamp": moment.isoformat(), "is_open": True, **times}
 
 
-class CalendarAsked(Asked):
-    start: Moment = None
-    end: Moment = None
-
-
 @face.get("/v2/calendar")
-@takes(query=CalendarAsked)
-def calendar(asked: CalendarAsked) -> list[dict]:
+@takes(query=Span)
+def calendar(asked: Span) -> list[dict]:
     """The weekdays from `start` to `end`, ten years of them at the most; nobody has holidays here."""
     start, end = (at.date() if isinstance(at, datetime) else at for at in (asked.start, asked.end))
     start = start or (end or now().date()) - timedelta(days=365)
@@ -618,7 +606,7 @@ def place_order(asked: OrderAsked) -> dict:
 
 
 class OrdersAsked(Asked):
-    status: Annotated[Literal["open", "closed", "all"], BeforeValidator(in_lower_case)] = "open"
+    status: OrderStatus = "open"
     limit: whole_number(1, 500) = 50
     after: Moment = None
     until: Moment = None
@@ -992,12 +980,10 @@ def live_bars(ticker: str, asked: "BarsAsked", start: datetime | None, end: date
 # ------------------------------------------------------------------------------------- Market data
 
 
-class BarsAsked(Asked):
+class BarsAsked(Span):
     timeframe: Annotated[
         Any, BeforeValidator(checked_timeframe), text_like("[0-9]{1,2}[A-Za-z]{1,5}", examples=["1Day"])
     ] = DAYS
-    start: Moment = None
-    end: Moment = None
     limit: whole_number(1, 10_000) = 1000
     sort: Sort = "asc"
     page_token: str = ""
@@ -1038,9 +1024,8 @@ def page_of(kind: str, symbols: dict[str, str], asked: BarsAsked) -> dict:
         skip, moment = int(place[1]), min(moment, EPOCH + timedelta(microseconds=int(place[2])))
     if kind != "bars":
         asked.timeframe = MINUTES
-    found = unless_all_refuse(
-        {symbol: partial(found_bars, t, asked, moment) for symbol, t in symbols.items()}
-    )
+    questions = {symbol: partial(found_bars, ticker, asked, moment) for symbol, ticker in symbols.items()}
+    found = unless_all_refuse(questions)
     told, left, before, total = {}, asked.limit, skip, 0
     for symbol, (places, bar) in found.items():
         if not asked.start:  # The last ones: nobody wants all that there ever were.
@@ -1136,12 +1121,6 @@ def latest(kind: str, symbols: dict[str, str]) -> dict:
 def newest(symbols: dict[str, str]) -> dict[str, Quote]:
     answers = broker.market.look_ups(list(symbols.values()), g.account)
     return unless_all_refuse({s: partial(unless_refused, answers[ticker]) for s, ticker in symbols.items()})
-
-
-def unless_refused(quote: Quote | Refused) -> Quote:
-    if isinstance(quote, Refused):
-        raise quote
-    return quote
 
 
 def seen_at(quote: Quote) -> datetime:

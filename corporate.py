@@ -20,6 +20,7 @@ from messages import ORDER_LIMIT, UNIT, rounded
 log = logging.getLogger(__name__)
 
 ACTIONS = ("dividend", "split")
+WHAT_IS_TOLD = ("ex_at", "numerator", "denominator", "amount")
 
 CLOSE_BY = timedelta(days=5)
 """A split or dividend that is not where it was, but so near, is the same one, corrected. Some funds pay every
@@ -122,16 +123,12 @@ class CorporateAction(db.Model):
                 if (other.kind, other.ex_at) not in told_now or other.ex_at.date() == action.ex_at.date()
             ]
             if earlier := known.get(action.ex_at) or next(iter(moved), None):
-                if not earlier.says_what(action):
+                if any(getattr(earlier, name) != getattr(action, name) for name in WHAT_IS_TOLD):
                     log.warning("%s tells a %s now: the %s stays", action.source, action, earlier)
                 continue
             action.number = cls.latest() + 1
             db.session.add(action)
             db.session.flush()
-
-    def says_what(self, other: "CorporateAction") -> bool:
-        same = ("ex_at", "numerator", "denominator", "amount")
-        return all(getattr(self, name) == getattr(other, name) for name in same)
 
     @classmethod
     def latest(cls) -> int:

@@ -202,9 +202,8 @@ def checked_ticker(text: str) -> str:
     Checked first: `"ı".upper()` is `"I"`.
     """
     if len(text) > 20 or not re.fullmatch(TICKER, text):
-        raise ValueError(
-            "must be 1 to 20 letters, digits and . - = ^, or two parts such as BRK/B and BTC/USD"
-        )
+        parts = "two parts such as BRK/B and BTC/USD"
+        raise ValueError(f"must be 1 to 20 letters, digits and . - = ^, or {parts}")
     text = text.upper()
     share = re.fullmatch(SHARE_CLASS, text)
     return f"{share[1]}-{share[2]}" if share else text.replace("/", "-")
@@ -288,8 +287,11 @@ def in_lower_case(word):
     return word.lower() if isinstance(word, str) else word
 
 
-def means(description: str, **more):
-    return Field(description=description, **more)
+AnyCase = BeforeValidator(in_lower_case)
+
+
+def means(description: str, *default, **more):
+    return Field(*default, description=description, **more)
 
 
 def text_like(pattern: str, **more) -> WithJsonSchema:
@@ -319,11 +321,11 @@ Tickers = Annotated[
     list[str], BeforeValidator(checked_tickers), text_like(f"{TICKER}(,{TICKER})*", examples=["AAPL,IBM"])
 ]
 Action = Literal["buy", "sell"]
-ActionWord = Annotated[Action, BeforeValidator(in_lower_case), means("In any case")]
+ActionWord = Annotated[Action, AnyCase, means("In any case")]
 TradeType = Literal["buy", "sell", "split", "dividend", "correction"]
-TradeTypeWord = Annotated[TradeType, BeforeValidator(in_lower_case), means("In any case")]
 Resolution = Literal["trade", "day", "bar"]
-ResolutionWord = Annotated[Resolution, BeforeValidator(in_lower_case)]
+ResolutionWord = Annotated[Resolution, AnyCase]
+OrderStatus = Annotated[Literal["open", "closed", "all"], AnyCase]
 OrderAmount = Annotated[Decimal, BeforeValidator(checked_amount), number_below(ORDER_LIMIT)]
 OrderType = Literal["market", "limit", "stop", "stop_limit", "trailing_stop"]
 TimeInForce = Annotated[
@@ -332,22 +334,17 @@ TimeInForce = Annotated[
 TrailPercent = Annotated[
     Decimal, BeforeValidator(lambda p: checked_amount(p, limit=HUNDRED)), number_below(HUNDRED)
 ]
-RequestedQuantity = Annotated[Decimal, number_below(ORDER_LIMIT)]
 Notional = Annotated[
     Decimal, BeforeValidator(lambda dollars: checked_amount(dollars, ROUND_FLOOR)), number_below(ORDER_LIMIT)
 ]
 Cash = Annotated[Decimal, BeforeValidator(checked_cash), number_below(ACCOUNT_LIMIT, least=0)]
-SignedAmount = Annotated[
-    Decimal,
-    BeforeValidator(checked_change),
-    WithJsonSchema({"type": ["number", "string"], "description": "Up or down, in 8 decimals"}),
-]
+UP_OR_DOWN = WithJsonSchema({"type": ["number", "string"]})
+SignedAmount = Annotated[Decimal, BeforeValidator(checked_change), UP_OR_DOWN]
 Reason = Annotated[str, AfterValidator(checked_reason), Field(max_length=300)]
 Email = Annotated[str, AfterValidator(checked_email), text_like(EMAIL, maxLength=254)]
 ApiKey = Annotated[str, AfterValidator(checked_key), text_like(API_KEY)]
 RequestedTime = Annotated[datetime, BeforeValidator(moment_from)]
 Timeframe = Literal[*TIMEFRAMES]
-TimeframeWord = Annotated[Timeframe, BeforeValidator(in_lower_case)]
 
 # ---------------------------------------------------------------------------------------- Requests
 
@@ -374,12 +371,10 @@ class Sized(Asked):
 
     ticker: Ticker = means("What to trade", examples=["AAPL"])
     action: ActionWord
-    quantity: RequestedQuantity | Literal["all"] | None = means(
-        "Shares or coins; in a sale also `all`. Rounded to 8 decimals, in a purchase down", default=None
+    quantity: Annotated[Decimal, number_below(ORDER_LIMIT)] | Literal["all"] | None = means(
+        "Shares or coins; in a sale also `all`. Rounded to 8 decimals, in a purchase down", None
     )
-    notional: Notional | None = means(
-        "Instead of a quantity: dollars, rounded down to 8 decimals", default=None
-    )
+    notional: Notional | None = means("Instead of a quantity: dollars, rounded down to 8 decimals", None)
 
     @field_validator("quantity", mode="before")
     @classmethod
@@ -536,7 +531,7 @@ class PathTicker(Asked):
 class BarOptions(Asked):
     """Which past prices to show."""
 
-    timeframe: TimeframeWord = means("How long a bar is, in any case", default="1d")
+    timeframe: Annotated[Timeframe, AnyCase] = means("How long a bar is, in any case", "1d")
     start: RequestedTime = Field(None, description="The earliest beginning of a bar to show, inclusive")
     end: RequestedTime = Field(None, description="The time before which bars to show begin, exclusive")
     limit: whole_number(1, 10_000) = Field(100, description="So many at the most: the last ones")
@@ -551,14 +546,14 @@ class RunOption(Asked):
 
 
 class HistoryOptions(RunOption):
-    resolution: ResolutionWord = means("A point for each trade, day or bar, in any case", default="day")
+    resolution: ResolutionWord = means("A point for each trade, day or bar, in any case", "day")
 
 
 class Filters(RunOption):
     """Which trades to show."""
 
     ticker: Ticker = None
-    action: TradeTypeWord = means("Of which type, in any case", default=None)
+    action: Annotated[TradeType, AnyCase] = means("Of which type, in any case", None)
     since: RequestedTime = Field(None, description="The earliest time to show, inclusive")
     until: RequestedTime = Field(None, description="The time before which to show, exclusive")
 
@@ -571,9 +566,7 @@ class Page(Filters):
 class OrderFilters(RunOption):
     """Which orders to show."""
 
-    status: Annotated[Literal["open", "closed", "all"], BeforeValidator(in_lower_case)] = Field(
-        "open", description="`open` includes what is held"
-    )
+    status: OrderStatus = means("`open` includes what is held", "open")
     ticker: Ticker = None
 
 
@@ -583,9 +576,7 @@ class OrderPage(OrderFilters):
 
 
 class Reset(Asked):
-    cash: Cash | None = Field(
-        None, description="Dollars to begin with; without it, the server's `STARTING_CASH`"
-    )
+    cash: Cash | None = means("Dollars to begin with; without it, the server's `STARTING_CASH`", None)
 
 
 class NewAccount(Reset):
@@ -842,13 +833,9 @@ def in_json(value: Decimal | datetime) -> orjson.Fragment | str:
 def parsed(content: bytes):
     """The JSON document in `content`, every number of it an exact Decimal."""
     try:
-        return json.loads(
-            content.decode("utf-8-sig"),  # Some editors begin a file with a byte order mark.
-            parse_int=Decimal,
-            parse_float=Decimal,
-            parse_constant=no_constant,
-            object_pairs_hook=unique_members,
-        )
+        text = content.decode("utf-8-sig")  # Some editors begin a file with a byte order mark.
+        numbers = {"parse_int": Decimal, "parse_float": Decimal, "parse_constant": no_constant}
+        return json.loads(text, **numbers, object_pairs_hook=unique_members)
     except (ValueError, ArithmeticError, RecursionError) as error:
         reason = str(error) if type(error) is ValueError else "It cannot be parsed."
         reason = "It is not in UTF-8." if isinstance(error, UnicodeDecodeError) else reason
@@ -878,11 +865,8 @@ def csv_answer(name: str, columns: list[str], page: Callable) -> Response:
             yield text.getvalue()
             cursor = found[-1].id
 
-    return Response(
-        stream_with_context(lines()),
-        content_type="text/csv; charset=utf-8",
-        headers={"Content-Disposition": f"attachment; filename={name}"},
-    )
+    headers = {"Content-Disposition": f"attachment; filename={name}"}
+    return Response(stream_with_context(lines()), content_type="text/csv; charset=utf-8", headers=headers)
 
 
 def csv_row(shown: dict, columns: list[str]) -> list[str]:
@@ -943,10 +927,8 @@ def content() -> bytes:
     except Exception as error:  # Each server raises its own for a bad chunk; all are the client's.
         raise Refused("invalid_json", "The body could not be read to its end.") from error
     if request.content_length not in (None, len(content)):  # A server passes on one that was cut short.
-        raise Refused(
-            "invalid_json",
-            f"The body has {len(content)} bytes and Content-Length said {request.content_length}.",
-        )
+        sentence = f"The body has {len(content)} bytes and Content-Length said {request.content_length}."
+        raise Refused("invalid_json", sentence)
     return content
 
 

@@ -429,12 +429,6 @@ class Trade(db.Model):
         return db.session.scalar(own.where(cls.market_price.is_not(None)).order_by(cls.id.desc()).limit(1))
 
     @classmethod
-    def since(cls, account: "Account", ticker: str, is_later) -> Sequence["Trade"]:
-        """The trades in `ticker` of the account's run for which the condition `is_later` holds."""
-        own = sa.select(cls).filter_by(user_id=account.user_id, run=account.run, ticker=ticker)
-        return db.session.scalars(own.where(is_later)).all()
-
-    @classmethod
     def page(
         cls, user_id, *, ticker, action, since, until, run, cursor, limit, oldest_first=False
     ) -> Sequence["Trade"]:
@@ -488,9 +482,8 @@ class PricesAnswer(TypedDict):
 def bad_price(code: str, ticker: str, until: datetime) -> Refused:
     """Why a ticker has no price until that moment: what its sources say is none, or is too small."""
     if code == "unsupported_price":
-        return Refused(
-            code, f"{ticker} costs less than {UNIT:f} dollars, the least that there is here.", ticker=ticker
-        )
+        sentence = f"{ticker} costs less than {UNIT:f} dollars, the least that there is here."
+        return Refused(code, sentence, ticker=ticker)
     seconds = max(1, ceil((until - now()).total_seconds()))
     return Refused(code, f"What the sources say of {ticker} is no price.", ticker=ticker, retry_after=seconds)
 
@@ -538,20 +531,16 @@ class Quote(db.Model):
     @classmethod
     def published(cls, tickers: Iterable[str], since: datetime, until: datetime) -> Sequence[sa.Row]:
         """The quotes of `tickers` in dollars from `since` to `until`, the oldest first."""
-        own = (cls.ticker.in_(tickers), cls.currency == "USD")
-        quotes = sa.select(cls.ticker, cls.timestamp, cls.price).where(
-            *own, cls.timestamp >= since, cls.timestamp <= until
-        )
+        chosen = cls.ticker.in_(tickers), cls.currency == "USD", cls.timestamp.between(since, until)
+        quotes = sa.select(cls.ticker, cls.timestamp, cls.price).where(*chosen)
         return db.session.execute(quotes.order_by(cls.timestamp, cls.number)).all()
 
     @classmethod
     def latest_of_all(cls) -> Sequence["Quote"]:
         """The latest quote of every ticker that was ever priced."""
-        latest = (
-            sa.select(cls.ticker, sa.func.max(cls.number).label("number")).group_by(cls.ticker).subquery()
-        )
-        is_latest = (cls.ticker == latest.c.ticker) & (cls.number == latest.c.number)
-        return db.session.scalars(sa.select(cls).join(latest, is_latest).order_by(cls.ticker)).all()
+        latest = sa.select(cls.ticker, sa.func.max(cls.number)).group_by(cls.ticker)
+        is_latest = sa.tuple_(cls.ticker, cls.number).in_(latest)
+        return db.session.scalars(sa.select(cls).where(is_latest).order_by(cls.ticker)).all()
 
     @classmethod
     def after(cls, numbers: dict[str, int]) -> Sequence["Quote"]:
@@ -574,9 +563,8 @@ class Quote(db.Model):
     @classmethod
     def last_look(cls, ticker: str, source: str) -> datetime | None:
         """When that source priced `ticker` last."""
-        return db.session.scalar(
-            sa.select(sa.func.max(cls.timestamp)).filter_by(ticker=ticker, source=source)
-        )
+        latest = sa.select(sa.func.max(cls.timestamp))
+        return db.session.scalar(latest.filter_by(ticker=ticker, source=source))
 
     def publish(self) -> bool:
         """Publish this quote to all processes, with the splits and dividends that came with it. False if
@@ -594,13 +582,9 @@ class Quote(db.Model):
         """Why nothing is bought at this price, at which a holding can still be sold."""
         if self.refusal != "stale_price":
             return bad_price(self.refusal, self.ticker, self.valid_until)
-        return Refused(
-            "stale_price",
-            f"{self.ticker} was last priced at {iso(self.market_time)}; that is only good for selling.",
-            ticker=self.ticker,
-            market_price=self.price,
-            market_time=self.market_time,
-        )
+        sentence = f"{self.ticker} was last priced at {iso(self.market_time)}; that is only good for selling."
+        numbers = {"market_price": self.price, "market_time": self.market_time}
+        return Refused("stale_price", sentence, ticker=self.ticker, **numbers)
 
     def to_dict(self) -> QuoteAnswer:
         return told(QuoteAnswer, self)
@@ -625,11 +609,8 @@ class MarketOfDatabase(db.Model):
             owner = db.session.get(cls, 1)
         db.session.close()
         if owner.kind != kind:
-            raise Refused(
-                "price_unavailable",
-                f"This database holds {owner.kind} prices and this server serves {kind} ones; "
-                "give each its own DATABASE_URL.",
-            )
+            sentence = f"This database holds {owner.kind} prices and this server serves {kind} ones"
+            raise Refused("price_unavailable", f"{sentence}; give each its own DATABASE_URL.")
 
 
 class Pin(db.Model):
@@ -711,29 +692,43 @@ def in_lieu(split: Trade | sa.Row) -> Decimal:
     return rounded(left * split.price / ratio.denominator, ROUND_FLOOR)  # Divided last: thrice a third is 1.
 
 
+Quoted = Quote | Refused
+"""What a market answers: a price, or why there is none."""
+
+
 class QuoteExpired(Exception):
     """The quote ran out while the request was under way."""
 
 
-def usable(quote: Quote | Refused, action: str) -> Quote:
+def unless_refused(quote: Quoted) -> Quote:
+    if isinstance(quote, Refused):
+        raise quote
+    return quote
+
+
+def usable(quote: Quoted, action: str) -> Quote:
     """The `quote`, if it judges an order of this `action` now.
 
     Raises `Refused`, or `QuoteExpired` when the market has moved on since the quote was taken.
     """
-    if isinstance(quote, Refused):
-        raise quote
+    quote = unless_refused(quote)
     if quote.valid_until and quote.valid_until <= now():
         raise QuoteExpired
     if quote.currency != "USD":
-        raise Refused(
-            "unsupported_currency",
-            f"{quote.ticker} is quoted in {quote.currency or 'an unknown currency'}; "
-            "only tickers quoted in USD trade.",
-            currency=quote.currency,
-        )
+        its_own = quote.currency or "an unknown currency"
+        sentence = f"{quote.ticker} is quoted in {its_own}; only tickers quoted in USD trade."
+        raise Refused("unsupported_currency", sentence, currency=quote.currency)
     if quote.refusal and action == "buy":
         raise quote.refused_to_buyers()
     return quote
+
+
+def need(code: str, what: str, required: Decimal, owned: Decimal, reserved: Decimal) -> None:
+    """Raises `Refused` where what is owned, less what is reserved for open orders, is not enough."""
+    if required > owned - reserved:
+        held_back = f", {plain(reserved)} of it held back for open orders" if reserved else ""
+        sentence = f"This {what} and you have {plain(owned)}{held_back}."
+        raise Refused(code, sentence, required=required, available=owned - reserved)
 
 
 @dataclass(frozen=True)
@@ -901,9 +896,8 @@ class Account(db.Model):
         elif order.quantity == "all":
             quantity = holding.quantity - self.reserved_shares(order.ticker)
             if not quantity:
-                raise Refused(
-                    "insufficient_shares", f"You have no {order.ticker} to sell.", available=quantity
-                )
+                sentence = f"You have no {order.ticker} to sell."
+                raise Refused("insufficient_shares", sentence, available=quantity)
         if not UNIT <= quantity < ORDER_LIMIT:
             sentence = f"That comes to {plain(quantity)}; a quantity is above 0 and below {ORDER_LIMIT}."
             raise too_much(sentence, ORDER_LIMIT)
@@ -912,12 +906,9 @@ class Account(db.Model):
     def buy(self, trade: Trade, holding: Holding) -> None:
         """Pay for `trade` and put the shares into `holding`."""
         if trade.price < trade.market_price:
-            raise Refused(
-                "price_below_market",
-                f"You offer {plain(trade.price)} and {trade.ticker} costs {plain(trade.market_price)}.",
-                price=trade.price,
-                market_price=trade.market_price,
-            )
+            sentence = f"You offer {plain(trade.price)} and {trade.ticker} costs {plain(trade.market_price)}."
+            numbers = {"price": trade.price, "market_price": trade.market_price}
+            raise Refused("price_below_market", sentence, **numbers)
         cost = trade.total_amount + trade.commission
         self.need_cash(cost)
         holding.add(trade.quantity, cost)
@@ -926,12 +917,9 @@ class Account(db.Model):
     def sell(self, trade: Trade, holding: Holding) -> None:
         """Take the shares out of `holding` and put what `trade` brings into cash."""
         if trade.price > trade.market_price:
-            raise Refused(
-                "price_above_market",
-                f"You ask {plain(trade.price)} and {trade.ticker} brings {plain(trade.market_price)}.",
-                price=trade.price,
-                market_price=trade.market_price,
-            )
+            sentence = f"You ask {plain(trade.price)} and {trade.ticker} brings {plain(trade.market_price)}."
+            numbers = {"price": trade.price, "market_price": trade.market_price}
+            raise Refused("price_above_market", sentence, **numbers)
         self.need_shares(trade.quantity, holding)
         proceeds = trade.total_amount - trade.commission
         if self.buying_power + proceeds < 0:
@@ -943,10 +931,8 @@ class Account(db.Model):
                 available=self.buying_power + trade.total_amount,
             )
         if max(trade.total_amount, self.cash_balance + proceeds) >= ACCOUNT_LIMIT:
-            raise too_much(
-                f"This brings {plain(proceeds)}, you have {plain(self.cash_balance)}, "
-                f"and cash stays below {ACCOUNT_LIMIT}."
-            )
+            had = f"This brings {plain(proceeds)}, you have {plain(self.cash_balance)}"
+            raise too_much(f"{had}, and cash stays below {ACCOUNT_LIMIT}.")
         cost = holding.cost_of(trade.quantity)
         if proceeds - cost < -ACCOUNT_LIMIT:
             raise too_much(f"A loss ends at {ACCOUNT_LIMIT}.")
@@ -956,39 +942,18 @@ class Account(db.Model):
 
     def need_cash(self, cost: Decimal) -> None:
         """Raises `Refused` where it has less than `cost` dollars that are not held back."""
-        if cost > self.buying_power:
-            reserved = self.reserved_cash
-            held_back = reserved and f", {plain(reserved)} of it held back for open orders"
-            raise Refused(
-                "insufficient_funds",
-                f"This costs {plain(cost)} and you have {plain(self.cash_balance)}{held_back or ''}.",
-                required=cost,
-                available=self.buying_power,
-            )
+        need("insufficient_funds", f"costs {plain(cost)}", cost, self.cash_balance, self.reserved_cash)
 
     def need_shares(self, quantity: Decimal, holding: Holding, but: int | None = None) -> None:
         """Raises `Refused` where `holding` has less than `quantity` that no other group holds back."""
+        what = f"sells {plain(quantity)} {holding.ticker}"
         reserved = self.reserved_shares(holding.ticker, but)
-        if quantity > holding.quantity - reserved:
-            held_back = reserved and f", {plain(reserved)} of it held back for open orders"
-            raise Refused(
-                "insufficient_shares",
-                f"This sells {plain(quantity)} {holding.ticker} and you have {plain(holding.quantity)}"
-                f"{held_back or ''}.",
-                required=quantity,
-                available=holding.quantity - reserved,
-            )
+        need("insufficient_shares", what, quantity, holding.quantity, reserved)
 
     # Orders that rest.
 
     def place(
-        self,
-        wanted: NewOrder,
-        quote: Quote | Refused,
-        costs: Costs,
-        day: date,
-        old: PlacedOrder | None = None,
-        **own,
+        self, wanted: NewOrder, quote: Quoted, costs: Costs, day: date, old: PlacedOrder | None = None, **own
     ) -> PlacedOrder:
         """Fill `wanted` at once where the market is there already, or let it rest; `Refused` if it cannot.
 
@@ -1100,13 +1065,7 @@ class Account(db.Model):
         sales[0].commission = sales[0].reserved_cash = most
 
     def replace(
-        self,
-        order: PlacedOrder,
-        changed: ChangedOrder,
-        quote: Quote | Refused,
-        costs: Costs,
-        day: date,
-        **own,
+        self, order: PlacedOrder, changed: ChangedOrder, quote: Quoted, costs: Costs, day: date, **own
     ) -> PlacedOrder:
         """Put a new order in the place of `order`, different by `changed`."""
         if order.order_type == "trailing_stop":
@@ -1150,9 +1109,8 @@ class Account(db.Model):
             price = order.own_price
             if not order.is_limit:
                 price = order.within_limit(costs.slipped(order.action, market_price), order.limit)
-            quote = Quote(
-                ticker=order.ticker, price=market_price, source=passed.source, market_time=passed.market_time
-            )
+            seen = {"source": passed.source, "market_time": passed.market_time}
+            quote = Quote(ticker=order.ticker, price=market_price, **seen)
             try:
                 trades.append(self.fill_placed(order, price, quote, costs, tick.shown_at))
             except Refused as refusal:
@@ -1196,12 +1154,11 @@ class Account(db.Model):
         one may be late: what was traded meanwhile was traded at prices without it. A late split is for as
         many shares as those have become by other splits since, and takes no more away than there are.
         """
-        is_later = Trade.market_time >= action.ex_at
-        if action.number is None:
-            is_later = Trade.created_at >= moment
-            if self.updated_at is None or self.updated_at < moment:
-                return holding.quantity  # Nothing was booked since, as it mostly is.
-        since = Trade.since(self, action.ticker, is_later)
+        if action.number is None and self.updated_at < moment:
+            return holding.quantity  # Nothing was booked since, as it mostly is.
+        is_later = Trade.created_at >= moment if action.number is None else Trade.market_time >= action.ex_at
+        own = sa.select(Trade).filter_by(user_id=self.user_id, run=self.run, ticker=action.ticker)
+        since = db.session.scalars(own.where(is_later)).all()
         before = max(holding.quantity - sum(trade.change() for trade in since), Decimal(0))
         if action.kind == "dividend":
             return before
@@ -1233,12 +1190,12 @@ class Account(db.Model):
     def split_orders(self, action: CorporateAction, costs: Costs) -> None:
         """Have open orders ask for the same in new shares, and hold back anew what that may cost."""
         orders = [order for order in self.orders if order.is_working and order.ticker == action.ticker]
-        old = orders
         split = f"A split of {ratio_text(action.ratio)}"
-        if action.number is not None:  # A late one: what was placed meanwhile was meant in new shares.
-            old = [order for order in orders if order.market_time < action.ex_at]
+        # Where it comes late, what was placed meanwhile was meant in new shares.
+        old = [order for order in orders if action.number is None or order.market_time < action.ex_at]
         for order in old:
-            if order.is_working and not order.split(action.ratio):
+            # What its pair has ended is split, too.
+            if not order.split(action.ratio) and order.is_working:
                 order.close("canceled", self.orders, f"{split} leaves no such order.")
         groups = {order.group for order in old}
         orders = [order for order in orders if order.is_working and order.group in groups]
@@ -1328,9 +1285,8 @@ class Account(db.Model):
     @classmethod
     def with_orders(cls, user_id: int) -> "Account":
         """The account and its working orders, of one moment, unlocked."""
-        both = sa.select(cls, PlacedOrder).outerjoin(
-            PlacedOrder, (PlacedOrder.user_id == cls.user_id) & PlacedOrder.closed_at.is_(None)
-        )
+        is_working = (PlacedOrder.user_id == cls.user_id) & PlacedOrder.closed_at.is_(None)
+        both = sa.select(cls, PlacedOrder).outerjoin(PlacedOrder, is_working)
         rows = db.session.execute(both.where(cls.user_id == user_id).order_by(PlacedOrder.id)).all()
         account = rows[0][0]
         account.orders = [order for _, order in rows if order]
@@ -1370,9 +1326,8 @@ class Account(db.Model):
         if account.settled_at:
             with snapshot():
                 account = cls.with_orders(user_id)
-                holdings = db.session.execute(
-                    sa.select(*HOLDING).filter_by(user_id=user_id).order_by("ticker")
-                ).all()
+                held = sa.select(*HOLDING).filter_by(user_id=user_id).order_by("ticker")
+                holdings = db.session.execute(held).all()
         return account, holdings
 
     def portfolio(self, holdings: Sequence, quotes: dict[str, Quote]) -> PortfolioAnswer:
@@ -1458,19 +1413,15 @@ TRADE_UNDER_KEY, ORDER_UNDER_KEY = (
 )
 ACCOUNT, TRADE_COLUMNS = Account.__table__.columns, Trade.__table__.columns.keys()
 
-LATEST_ACTION = (
-    sa.select(sa.func.coalesce(sa.func.max(CorporateAction.number), sa.literal_column("0")))
-    .scalar_subquery()
-    .label("latest_action")
-)
+LATEST_OR_0 = sa.func.coalesce(sa.func.max(CorporateAction.number), sa.literal_column("0"))
+LATEST_ACTION = sa.select(LATEST_OR_0).scalar_subquery().label("latest_action")
 
 ACCOUNT_WITH_KEY = sa.select(*ACCOUNT, LATEST_ACTION).join(User).where(HAS_THE_KEY)
 LOCK_ACCOUNT = sa.select(Account.user_id).where(OWN_ACCOUNT).with_for_update()
 LOCKED_ACCOUNT = (
     sa.select(*ACCOUNT, Holding.quantity, Holding.cost_basis)
     .add_columns(Trade.id.label("earlier_trade"), PlacedOrder.id.label("earlier_order"), LATEST_ACTION)
-    .select_from(Account)
-    .join(User)
+    .join_from(Account, User)
     .outerjoin(Holding, OWN_HOLDING)
     .outerjoin(Trade, TRADE_UNDER_KEY)
     .outerjoin(PlacedOrder, ORDER_UNDER_KEY)
@@ -1483,9 +1434,8 @@ UPDATE_CASH = sa.update(Account).where(OWN_ACCOUNT).values(CASH)
 INSERT_HOLDING = sa.insert(Holding).values(user_id=bindparam("user_id"), ticker=bindparam("ticker"), **HELD)
 UPDATE_HOLDING = sa.update(Holding).where(OWN_HOLDING).values(HELD)
 DELETE_HOLDING = sa.delete(Holding).where(OWN_HOLDING)
-INSERT_TRADE = (
-    sa.insert(Trade).values({n: bindparam(n) for n in TRADE_COLUMNS if n != "id"}).returning(Trade.id)
-)
+WITHOUT_ID = {name: bindparam(name) for name in TRADE_COLUMNS if name != "id"}
+INSERT_TRADE = sa.insert(Trade).values(WITHOUT_ID).returning(Trade.id)
 # The account is the first row, which is of no holding; in those of the holdings it has no columns.
 HOLDING = [Holding.ticker, Holding.quantity, Holding.cost_basis]
 ACCOUNT_WITH_HOLDINGS = sa.union_all(
@@ -1496,10 +1446,9 @@ ACCOUNT_WITH_HOLDINGS = sa.union_all(
     .join(User, User.id == Holding.user_id)
     .where(Holding.user_id == bindparam("user_id"), HAS_THE_KEY),
 ).order_by(sa.nulls_first(sa.column("ticker")))
-LATEST_NUMBER = sa.select(sa.func.max(Quote.number)).where(Quote.ticker == bindparam("ticker"))
-LATEST_QUOTE = sa.select(Quote.__table__).where(
-    Quote.ticker == bindparam("ticker"), Quote.number == LATEST_NUMBER.scalar_subquery()
-)
+OF_TICKER = Quote.ticker == bindparam("ticker")
+LATEST_NUMBER = sa.select(sa.func.max(Quote.number)).where(OF_TICKER).scalar_subquery()
+LATEST_QUOTE = sa.select(Quote.__table__).where(OF_TICKER, Quote.number == LATEST_NUMBER)
 
 
 def read_only(statement, **values) -> list[tuple]:

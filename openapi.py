@@ -61,14 +61,8 @@ RESPONSE_HEADERS = {
 COUNTED = ["RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"]
 OF_STATUS = {401: ["WWW-Authenticate"], 429: ["Retry-After"], 503: ["Retry-After"]}
 OF_ALL = {"internal_error"}
-OF_API = {
-    "invalid_request",
-    "unauthorized",
-    "forbidden",
-    "rate_limited",
-    "price_unavailable",
-    "database_unavailable",
-}
+OF_API = {"invalid_request", "unauthorized", "forbidden", "rate_limited"}
+OF_API |= {"price_unavailable", "database_unavailable"}
 OF_BODIES = {"invalid_json", "too_large", "unsupported_media_type"}
 """What every route may refuse, every one under /api/, and every one that takes a body."""
 
@@ -76,21 +70,20 @@ OF_BODIES = {"invalid_json", "too_large", "unsupported_media_type"}
 class Document:
     """The description of one app."""
 
+    is_alpacas = False
+
     def __init__(self, app: Flask, version: str):
         self.schemas, self.paths = {}, defaultdict(dict)
         for rule in app.url_map.iter_rules():
-            if not rule.endpoint.endswith("static") and self.describes(rule):
+            is_ours = rule.endpoint.startswith("alpaca.") == self.is_alpacas
+            if is_ours and not rule.endpoint.endswith("static"):
                 path = re.sub(r"<(?:[^<>]*:)?(\w+)>", r"{\1}", rule.rule)
                 for method in sorted(rule.methods - {"HEAD", "OPTIONS"}):
                     self.paths[path][method.lower()] = self.operation(rule, app.view_functions[rule.endpoint])
         self.tell_problems()
-        security = {
-            name: {"type": "http", "scheme": "bearer", "description": text} for name, text in KEYS.items()
-        }
-        told = {
-            name: {"description": text, "schema": {"type": "string"}}
-            for name, text in RESPONSE_HEADERS.items()
-        }
+        bearer, word = {"type": "http", "scheme": "bearer"}, {"schema": {"type": "string"}}
+        security = {name: bearer | {"description": text} for name, text in KEYS.items()}
+        told = {name: {"description": text} | word for name, text in RESPONSE_HEADERS.items()}
         self.document = {
             "openapi": "3.1.0",
             "info": {"title": "IBKR Broker Simulator", "version": version, "description": ABOUT},
@@ -99,9 +92,6 @@ class Document:
             "paths": self.paths,
             "components": {"schemas": self.schemas, "headers": told, "securitySchemes": security},
         }
-
-    def describes(self, rule: Rule) -> bool:
-        return not rule.endpoint.startswith("alpaca.")
 
     def operation(self, rule: Rule, route) -> dict:
         """One route with one method."""
@@ -162,10 +152,8 @@ class Document:
         codes |= OF_BODIES if takes["body"] else set()
         codes -= {"unsupported_media_type"} if takes["webhook"] else set()
         codes |= {"not_found"} if rule.arguments else set()
-        by_status = defaultdict(list)
-        for code in sorted(codes):
-            by_status[STATUS[code]].append(code)
-        return {str(status): problem(status, by_status[status]) for status in sorted(by_status)}
+        statuses = sorted({STATUS[code] for code in codes})
+        return {str(s): problem(s, sorted(code for code in codes if STATUS[code] == s)) for s in statuses}
 
     def schema(self, answer) -> dict:
         """A reference to the schema of a request or an answer, which is told among the components."""
@@ -196,14 +184,13 @@ class AlpacaDocument(Document):
     What is answered has the shape that Alpaca's own description gives it.
     """
 
+    is_alpacas = True
+
     def __init__(self, *about):
         super().__init__(*about)
         for path, methods in self.paths.items():  # One function may serve several.
             for method, operation in methods.items():
                 operation["operationId"] = re.sub(r"\W+", "_", method + path).strip("_")
-
-    def describes(self, rule: Rule) -> bool:
-        return rule.endpoint.startswith("alpaca.")
 
     def fields_of(self, model: type[BaseModel] | None) -> dict[str, dict]:
         """Without defaults, which are there as what they are read into."""

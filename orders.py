@@ -314,17 +314,14 @@ class PlacedOrder(db.Model):
         own = (self.id, self.run, self.ticker, self.action, self.quantity, self.price)
         if own != (trade.order_id, trade.run, trade.ticker, trade.trade_type, trade.quantity, trade.price):
             return False
-        sign = self.sign
-        if self.limit_price is not None and sign * (trade.price - self.limit_price) > 0:
+        if self.limit_price is not None and self.sign * (trade.price - self.limit_price) > 0:
             return False
         if self.order_type == "market":
             return True
+        beyond = self.sign * (trade.market_price - self.own_price)
         if self.is_limit:
-            return (
-                trade.price in (self.limit, trade.market_price)
-                and sign * (trade.market_price - self.limit) <= 0
-            )
-        return sign * (trade.market_price - self.stop_price) >= 0
+            return beyond <= 0 and trade.price in (self.limit, trade.market_price)
+        return beyond >= 0
 
     def holds_back_what_it_must(self) -> bool:
         """What a purchase may cost; of a trailing one, whose stop has moved since, at least that."""
@@ -341,23 +338,22 @@ class PlacedOrder(db.Model):
         """An order and its legs have the same."""
         return self.parent_id or self.id
 
-    def close(self, status: str, orders: Iterable["PlacedOrder"], reason: str | None = None) -> None:
-        """End it, and with it what hangs on it among `orders`.
+    def close(self, status: str, orders: Iterable["PlacedOrder"], reason=None, moment=None) -> None:
+        """End it at `moment`, or now, for a `reason`, and with it what hangs on it among `orders`.
 
         The legs of a purchase go live when it is filled, and end with it otherwise. Of two legs, or of two
         sales that came together, the one ends with the other.
         """
         self.status, self.reason = status, reason and reason[:300]
-        self.closed_at, self.reserved_cash = now(), Decimal(0)
+        self.closed_at, self.reserved_cash = moment or now(), Decimal(0)
         for other in orders:
             if other is self or other.group != self.group or not other.is_working:
                 continue
             if self.action == "buy" and status == "filled":
                 other.status, other.quote_number = "open", self.quote_number
             elif self.action == "buy" or other.action == "sell":
-                other.status = status if status == "expired" else "canceled"
-                other.reason = f"Order {self.id} was {status}."
-                other.closed_at, other.reserved_cash = self.closed_at, Decimal(0)
+                ended = status if status == "expired" else "canceled"
+                other.close(ended, (), f"Order {self.id} was {status}.", self.closed_at)
 
     def pair_among(self, orders: Iterable["PlacedOrder"]) -> "PlacedOrder | None":
         """The open sale that ends with this one."""
@@ -427,21 +423,17 @@ class PlacedOrder(db.Model):
             orders = orders.where(cls.placed_at > since)
         if until:
             orders = orders.where(cls.placed_at < until)
-        return db.session.scalars(
-            orders.order_by(cls.id if oldest_first else cls.id.desc()).limit(limit)
-        ).all()
+        order = cls.id if oldest_first else cls.id.desc()
+        return db.session.scalars(orders.order_by(order).limit(limit)).all()
 
     def to_dict(self) -> OrderAnswer:
         numbers = {name: getattr(self, name) for name in ("id", "trade_id", "parent_id", "replaces")}
         return told(OrderAnswer, self, **{name: number and str(number) for name, number in numbers.items()})
 
 
-def fingerprint(*asked: BaseModel | str) -> str:
+def fingerprint(asked: BaseModel, *of: str) -> str:
     """What is the same for two requests that mean the same."""
-    words = [
-        type(part).__name__ + part.model_dump_json(exclude_none=True) if isinstance(part, BaseModel) else part
-        for part in asked
-    ]
+    words = [type(asked).__name__ + asked.model_dump_json(exclude_none=True), *of]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 

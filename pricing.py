@@ -133,10 +133,8 @@ def priced(ticker: str, price, currency: str | None, source: str, seen: datetime
     if currency is not None and not (isinstance(currency, str) and re.fullmatch("[A-Za-z]{1,10}", currency)):
         raise BadAnswer("its currency is no currency")
     moment = now()
-    seen = min(seen or moment, moment)
-    return Quote(
-        ticker=ticker, price=price, currency=currency, source=source, timestamp=moment, market_time=seen
-    )
+    when = {"timestamp": moment, "market_time": min(seen or moment, moment)}
+    return Quote(ticker=ticker, price=price, currency=currency, source=source, **when)
 
 
 def since_1970(seconds) -> datetime | None:
@@ -222,8 +220,7 @@ class LiveMarket:
     def __init__(
         self, app, sources: list["Source"], hold_seconds: int, max_age_days: int, with_actions: bool = True
     ):
-        self.app, self.with_actions = app, with_actions
-        self.sources = sources
+        self.app, self.sources, self.with_actions = app, sources, with_actions
         self.yahoo = next((source for source in sources if isinstance(source, Yahoo)), None)
         self.hold = timedelta(seconds=hold_seconds)
         self.max_age = timedelta(days=max_age_days)
@@ -642,9 +639,8 @@ class Yahoo(Source):
         yahoo = self
         logging.getLogger("yfinance").setLevel(logging.CRITICAL)  # A failure is one line, and ours.
         yfinance.set_tz_cache_location(str(self.folder))
-        return yfinance.data.YfData(
-            CappedSession(impersonate="chrome", curl_options={CurlOpt.MAXFILESIZE_LARGE: ANSWER_BYTES})
-        )
+        most = {CurlOpt.MAXFILESIZE_LARGE: ANSWER_BYTES}
+        return yfinance.data.YfData(CappedSession(impersonate="chrome", curl_options=most))
 
     def ask(self, ticker: str, since: datetime | None = None) -> Quote:
         """The price of now, and with it the splits and dividends of today; on the first question of a day
@@ -1099,17 +1095,16 @@ class SampleMarket:
         self.actions: dict[int, list[CorporateAction]] = defaultdict(list)
         for ticker, bars in self.series.items() if with_actions else ():
             for bar in bars:
-                self.actions[self.number_at(bar.timestamp)] += self.actions_in(ticker, bar)
+                if bar.dividend or bar.split != 1:  # As in few.
+                    self.actions[self.number_at(bar.timestamp)] += self.actions_in(ticker, bar)
         self.actions.pop(0, None)  # Nobody comes to the first bar from before it.
-        self.actions = {place: actions for place, actions in sorted(self.actions.items()) if actions}
-        self.acting = sorted(self.actions)
+        self.actions = dict(sorted(self.actions.items()))
+        self.acting = list(self.actions)
         if taken_back := self.on_the_way(len(self.bars) - 1, 0):
             self.actions[0], self.acting = taken_back, [0, *self.acting]
 
     def actions_in(self, ticker: str, bar: Bar) -> list[CorporateAction]:
         """The dividend and the split that a recorded bar begins with; the dividend is for the old shares."""
-        if not bar.dividend and bar.split == 1:  # As in most.
-            return []
         known = {"ex_at": bar.timestamp, "price": bar.close, "source": self.name}
         dividend = [CorporateAction.dividend(ticker, bar.dividend, **known)] if bar.dividend else []
         return dividend + ([CorporateAction.split(ticker, bar.split, **known)] if bar.split != 1 else [])
@@ -1262,18 +1257,16 @@ class SampleMarket:
         }
         return {ticker: quote for ticker, quote in quotes.items() if quote}
 
+    def quote_of(self, ticker: str, price: Decimal, timestamp: datetime, seen: datetime, **more) -> Quote:
+        own = {"currency": "USD", "source": self.name, "timestamp": timestamp, "market_time": seen}
+        return Quote(ticker=ticker, price=price, **own, **more)
+
     def last_traded(self, ticker: str, account: Account) -> Quote | None:
         """What a ticker cost in the account's last trade of it, where a changed file has it no more."""
-        trade = Trade.latest_in(ticker, account)
-        return trade and Quote(
-            ticker=ticker,
-            price=trade.market_price,
-            currency="USD",
-            source=self.name,
-            timestamp=trade.created_at,
-            market_time=trade.market_time,
-            refusal="stale_price",
-        )
+        if trade := Trade.latest_in(ticker, account):
+            seen = trade.market_price, trade.created_at, trade.market_time
+            return self.quote_of(ticker, *seen, refusal="stale_price")
+        return None
 
     def look_ups(self, tickers: list[str], account: Account) -> dict[str, Quote | Refused]:
         """What `look_up` says of each of `tickers`, at one moment."""
@@ -1290,15 +1283,8 @@ class SampleMarket:
         """
         market_time = clock or self.bar_shown(minute)
         price = pin or self.price(ticker, market_time)
-        return price and Quote(
-            ticker=ticker,
-            price=price,
-            currency="USD",
-            source=self.name,
-            timestamp=clock or minute,
-            valid_until=None if clock else minute + timedelta(seconds=BAR_SECONDS),
-            market_time=market_time,
-        )
+        until = None if clock else minute + timedelta(seconds=BAR_SECONDS)
+        return price and self.quote_of(ticker, price, clock or minute, market_time, valid_until=until)
 
     def replay(self, past: Past, end: datetime, market_time: datetime) -> Iterator[Step]:
         """The trades of a run, and each bar that the account's clock has passed, in order.

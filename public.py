@@ -142,9 +142,8 @@ class Gate:
                 headers += [("Access-Control-Allow-Origin", origin), EXPOSED]
             return start_response(status, headers, *failure)
 
-        is_preflight = (
-            environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
-        )
+        method = environ["REQUEST_METHOD"]
+        is_preflight = method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
         try:
             if origin and is_preflight:
                 start("204 No Content", ALLOWED)  # A browser asks, without a key, whether its page may ask.
@@ -156,7 +155,7 @@ class Gate:
             self.errors += answered >= "500"
             self.last.append(milliseconds)
             path = environ["PATH_INFO"].partition("?")[0]  # A query can hide there, too: sent as %3F.
-            asked = f"{environ['REQUEST_METHOD']} {path} {environ['SERVER_PROTOCOL']}"
+            asked = f"{method} {path} {environ['SERVER_PROTOCOL']}"
             address, booked = environ.get("REMOTE_ADDR"), environ.get("broker.booked", "")
             log.info("%s %s %s %.1f ms%s", address, quoted(asked), answered, milliseconds, booked)
 
@@ -213,12 +212,8 @@ class Counter:
                 ("RateLimit-Reset", str(g.rest)),
             ]
         if g.used > most:
-            raise Refused(
-                "rate_limited",
-                f"{most} requests in {seconds} seconds are the limit; go on in {g.rest}.",
-                rate_limit=most,
-                retry_after=g.rest,
-            )
+            sentence = f"{most} requests in {seconds} seconds are the limit; go on in {g.rest}."
+            raise Refused("rate_limited", sentence, rate_limit=most, retry_after=g.rest)
 
     def add(self, name: str, seconds: int) -> int:
         if self.redis and time.monotonic() >= self.rests_until:

@@ -142,7 +142,7 @@ def curve_of(cash: Decimal, steps: Iterable[Step]) -> Iterator[Mark]:
     The ticker that was traded counts with its `market_price`, by which the trade was judged. Splits and
     dividends of one moment are one mark: with the first of them the prices are without all.
     """
-    held, last_traded, unsaid = defaultdict(Decimal), {}, None
+    held, last_traded, last, was_action = defaultdict(Decimal), {}, None, False
     for timestamp, prices, trade in steps:
         if trade:
             held[trade.ticker] += Trade.change(trade)
@@ -153,19 +153,15 @@ def curve_of(cash: Decimal, steps: Iterable[Step]) -> Iterator[Mark]:
             if trade.order_type:  # Splits and dividends judge by no price: the ticker may be pinned.
                 prices = prices | {trade.ticker: trade.market_price}
             cash = trade.cash_after
-        worth = [
-            value_of(quantity, prices.get(t) or last_traded.get(t, ZERO)) for t, quantity in held.items()
-        ]
+        worth = (value_of(size, prices.get(t) or last_traded.get(t, ZERO)) for t, size in held.items())
         value = sum(worth, ZERO)
         mark = Mark(timestamp, cash, value, cash + value, trade is not None, bool(held))
         is_action = trade is not None and trade.trade_type in ACTIONS
-        if unsaid and not (is_action and timestamp == unsaid.timestamp):
-            yield unsaid
-        unsaid = mark if is_action else None
-        if not is_action:
-            yield mark
-    if unsaid:
-        yield unsaid
+        if last and not (is_action and was_action and timestamp == last.timestamp):
+            yield last
+        last, was_action = mark, is_action
+    if last:
+        yield last
 
 
 def last_of_days(curve: Iterable[Mark]) -> list[Mark]:
@@ -419,7 +415,6 @@ class Books:
 
         known = [mark for mark in curve if mark.equity is not None]
         sales = [trade.realized_pnl for trade in trades if trade.trade_type == "sell"]
-        dividends = [trade.total_amount for trade in trades if trade.trade_type == "dividend"]
         profits, losses = [pnl for pnl in sales if pnl > 0], [-pnl for pnl in sales if pnl < 0]
         lost, commission = sum(losses, ZERO), sum((trade.commission for trade in trades), ZERO)
         return {
@@ -433,7 +428,7 @@ class Books:
                 "max_drawdown_percent": percent(max_drawdown(start, [mark.equity for mark in known]), ONE),
                 "trades": sum(trade.trade_type in ("buy", "sell") for trade in trades),
                 "realized_pnl": sum((trade.realized_pnl or ZERO for trade in trades), ZERO),
-                "dividends": sum(dividends, ZERO),
+                "dividends": sum((t.total_amount for t in trades if t.trade_type == "dividend"), ZERO),
                 "winning_sales": len(profits),
                 "losing_sales": len(losses),
                 "even_sales": len(sales) - len(profits) - len(losses),
