@@ -1038,7 +1038,7 @@ class Account(db.Model):
         trade.order_id, trade.order_type = order.id, "limit" if order.is_limit else "market"
         self.book(trade, holding, f"order {uuid4()}")
         order.trade_id, order.price = trade.id, price
-        order.close("filled", orders)
+        order.close("filled", orders, moment=moment)
         return trade
 
     def hold_back(self, order: PlacedOrder, costs: Costs) -> None:
@@ -1114,7 +1114,7 @@ class Account(db.Model):
             try:
                 trades.append(self.fill_placed(order, price, quote, costs, tick.shown_at))
             except Refused as refusal:
-                order.close("canceled", self.orders, refusal.detail)
+                order.close("canceled", self.orders, refusal.detail, tick.shown_at)
         self.acted_at = moment
         self.are_settled(moment)
         return trades
@@ -1202,7 +1202,7 @@ class Account(db.Model):
         for order in orders:  # Of a group some may be new: exits are for as much as their entry.
             group = [other for other in orders if other.group == order.group]
             entry = [other for other in group if other.action == "buy"]
-            order.quantity = min(other.quantity for other in entry or group)
+            order.quantity = next((o.quantity for o in entry or group if o in old), order.quantity)
         for order in orders:
             try:
                 if order.is_working:

@@ -462,7 +462,7 @@ def settle(
         ended = [order for order in days if day_of(order.ticker, moment) != order.day]
         for order in ended:
             if order.is_working:
-                order.close("expired", orders)
+                order.close("expired", orders, moment=tick.shown_at)
         moved = {
             ticker
             for ticker, floor, ceiling in calm

@@ -257,6 +257,29 @@ def test_a_split_of_what_costs_no_dollars_is_worth_none(live):
     assert all((point["equity"] or 1000) < Decimal("1000.01") for point in history["points"])
 
 
+def test_a_leg_that_was_replaced_before_a_late_split_is_for_as_many_shares_as_its_pair(live):
+    live.prices["LATESPLIT"], moment = Decimal(100), BEGIN - timedelta(days=100)
+    with time_machine.travel(moment, tick=True) as clock:
+        key = live.ask(ADMIN, "POST", "users", email="late-split@example.com")["api_key"]
+        exits = {"take_profit": {"limit_price": 150}, "stop_loss": {"stop_price": 9}}
+        bought = {"ticker": "LATESPLIT", "action": "buy", "quantity": 10, "order_type": "market"}
+        live.ask(key, "POST", "orders", **bought, **exits)
+        clock.move_to(moment + timedelta(hours=1))  # The split is in force, and nobody has told it.
+        live.prices["LATESPLIT"] = Decimal(10)
+        (loss,) = [o for o in live.ask(key, "GET", "orders")["orders"] if o["order_type"] == "stop"]
+        live.ask(key, "PATCH", f"orders/{loss['id']}", stop_price=5)
+        clock.move_to(moment + timedelta(hours=2))
+        happened = {"date": Decimal(int(moment.timestamp()) + 1800)}
+        split = happened | {"numerator": Decimal(10), "denominator": Decimal(1)}
+        live.events["LATESPLIT"] = {"splits": {"1": split}}
+        live.ask(key, "GET", "price/LATESPLIT")
+        orders = live.ask(key, "GET", "orders")["orders"]
+        (held,) = live.ask(key, "GET", "portfolio")["holdings"]
+        assert live.ask(key, "GET", "account/audit")["ok"]
+    assert held["quantity"] == 100
+    assert [order["quantity"] for order in orders] == [100, 100]
+
+
 def test_a_quote_that_is_not_in_dollars_is_no_drawdown(live):
     live.prices["YEN"], live.currencies["YEN"] = Decimal(1500), "JPY"
     moment = BEGIN - timedelta(days=200)

@@ -465,3 +465,4 @@ def test_minutes_that_passed_while_nobody_looked_are_shown_when_somebody_does(ex
     filled = dave.finds(order)
     assert filled["status"] == "filled"
     assert dave.trades[0]["market_time"] in ("2024-03-04T12:00:00Z", "2024-03-05T10:00:00Z")
+    assert filled["closed_at"] == dave.trades[0]["timestamp"]  # When it was filled, and not when he looked.
