@@ -343,8 +343,8 @@ def time_from(text: str) -> datetime:
             number = float(text)
             unit = "seconds" if abs(number) < 1e11 else "milliseconds"
             return EPOCH + timedelta(**{unit: number})
-        text = re.sub(r"^([0-9]{4})\.([0-9]{2})\.([0-9]{2})", r"\1-\2-\3", date[1] if date else text.upper())
-        moment = datetime.fromisoformat(text)
+        iso = re.sub(r"^([0-9]{4})\.([0-9]{2})\.([0-9]{2})", r"\1-\2-\3", date[1] if date else text.upper())
+        moment = datetime.fromisoformat(iso)
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
         sentence = f"{text[:40]!r} is no time such as 2012-06-01T00:00:00Z in the years 1 to 9999"

@@ -92,7 +92,8 @@ class Crowd:
     def act(self, trader: Trader, number: int) -> None:
         dice = random.Random(number)
         for _ in range(10):
-            dice.choice([self.place, self.place, self.change, self.trade, self.move, self.look])(trader, dice)
+            twice = [self.place, self.change]
+            dice.choice([*twice, *twice, self.trade, self.move, self.look])(trader, dice)
 
     def place(self, trader, dice):
         price, quantity = dice.randrange(80, 121), f"{dice.randrange(1, 4)}.{dice.randrange(10**8):08}"
@@ -118,7 +119,7 @@ class Crowd:
         price = {"limit_price" if order["limit_price"] else "stop_price": dice.randrange(80, 121)}
         if dice.random() < 0.05:
             self.ask(trader, "DELETE", "/api/v1/orders")
-        elif dice.random() < 0.5:
+        elif dice.random() < 0.15:  # Many a change comes too late, and some must come in time.
             self.ask(trader, "DELETE", path)
         else:
             self.ask(trader, "PATCH", path, json=price)
