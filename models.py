@@ -1467,7 +1467,10 @@ def read_only(statement, **values) -> list[tuple]:
         raise as_sqlalchemy_has_it(error, connection) from error
     finally:
         if begins and connection.is_valid:
-            connection.driver_connection.autocommit = False
+            try:
+                connection.driver_connection.autocommit = False
+            except engine.dialect.dbapi.Error:  # Lost since: the answer is there, and counts.
+                connection.invalidate()
         connection.close()
 
 

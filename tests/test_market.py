@@ -430,6 +430,21 @@ def test_who_reads_slowly_keeps_no_connection_to_the_database(alice, path):
             assert program["db"].engine.pool.checkedout() == 0
 
 
+def test_an_answer_counts_though_its_connection_is_lost_right_after_it(alice, monkeypatch):
+    with in_process(alice) as (_, ask):
+        database = sys.modules["database"]
+        autocommit = database.psycopg2.extensions.connection.autocommit
+
+        def switch(connection, on):
+            if not on:
+                connection.close()
+            autocommit.__set__(connection, on)
+
+        switched = property(autocommit.__get__, switch)
+        monkeypatch.setattr(database.Watched, "autocommit", switched, raising=False)
+        assert ask("GET", "/api/v1/portfolio").status_code == 200
+
+
 def test_who_looks_for_news_gives_the_connection_back_that_has_read_the_pins(alice, monkeypatch):
     alice.sees("AAPL", at=1).buys(1, "AAPL")
     with in_process(alice) as (program, ask):
