@@ -465,6 +465,7 @@ def advance(step: Advance) -> AdvanceAnswer:
         fills = show(account, market.bars_between(account, bar), now())
         account.advance(bar)
         prices = {ticker: quote.price for ticker, quote in market.quotes(tickers, account).items()}
+        # Read before it is committed: so it is safe to repeat.
         answer = market.state(account) | {"fills": [trade.to_dict() for trade in fills]}
         return answer | ({"prices": prices} if step.tickers else {})
 

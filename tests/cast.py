@@ -66,9 +66,10 @@ def loaded(**settings):
 
 
 @contextmanager
-def in_process(trader: "Trader"):
+def in_process(trader: "Trader", **settings):
     """The program in this process, beside the trader's server, and `ask(method, path, ...)` to ask it."""
-    with loaded(DATABASE_URL=trader.server.database_url, PRICE_SOURCES="sample") as program:
+    settings |= {"DATABASE_URL": trader.server.database_url, "PRICE_SOURCES": "sample"}
+    with loaded(**settings) as program:
         client, key = program["app"].test_client(), {"Authorization": f"Bearer {trader.key}"}
 
         def ask(method: str, path: str, headers=None, **options):

@@ -202,61 +202,6 @@ def test_nobody_keeps_a_connection_to_the_database_while_a_source_is_asked(live)
         assert {name: seen for name, seen in asked.items() if seen != {0}} == {}
 
 
-def test_a_dividend_on_what_costs_no_dollars_is_not_booked_in_dollars(live):
-    """Such a holding comes by a correction of the admin's."""
-    live.prices["PENCE"], live.currencies["PENCE"] = Decimal(72), "GBp"
-    moment = BEGIN - timedelta(days=300)
-    with time_machine.travel(moment, tick=True) as clock:
-        opened = live.ask(ADMIN, "POST", "users", email="pence@example.com")
-        correction = {"ticker": "PENCE", "quantity": 1000, "reason": "A transfer"}
-        live.ask(ADMIN, "POST", f"users/{opened['user_id']}/corrections", **correction)
-        clock.move_to(moment + timedelta(hours=1))
-        paid = {"date": Decimal(int(moment.timestamp()) + 1800), "amount": Decimal("4.5")}
-        live.events["PENCE"] = {"dividends": {"1": paid}}
-        live.ask(opened["api_key"], "GET", "price/PENCE")
-        trades = live.ask(opened["api_key"], "GET", "trades")["trades"]
-    assert [trade["trade_type"] for trade in trades] == ["correction"]
-
-
-def test_what_was_quoted_in_yen_does_not_make_a_dividend_credible(live):
-    live.prices["ONCEYEN"], live.currencies["ONCEYEN"] = Decimal(1500), "JPY"
-    moment = BEGIN - timedelta(days=250)
-    with time_machine.travel(moment, tick=True) as clock:
-        opened = live.ask(ADMIN, "POST", "users", email="once-yen@example.com")
-        correction = {"ticker": "ONCEYEN", "quantity": 100, "reason": "A transfer"}
-        live.ask(ADMIN, "POST", f"users/{opened['user_id']}/corrections", **correction)
-        live.ask(opened["api_key"], "GET", "price/ONCEYEN")
-        clock.move_to(moment + timedelta(hours=1))
-        live.prices["ONCEYEN"], live.currencies["ONCEYEN"] = Decimal(10), "USD"
-        paid = {"date": Decimal(int(moment.timestamp()) + 1800), "amount": Decimal(200)}
-        live.events["ONCEYEN"] = {"dividends": {"1": paid}}
-        live.ask(opened["api_key"], "GET", "price/ONCEYEN")
-        trades = live.ask(opened["api_key"], "GET", "trades")["trades"]
-    assert [trade["trade_type"] for trade in trades] == ["correction"]
-
-
-def test_a_split_of_what_costs_no_dollars_is_worth_none(live):
-    live.prices["SPLITP"], live.currencies["SPLITP"] = Decimal(14400), "GBp"
-    moment = BEGIN - timedelta(days=150)
-    with time_machine.travel(moment, tick=True) as clock:
-        opened = live.ask(ADMIN, "POST", "users", email="split-pence@example.com", cash=1000)
-        correction = {"ticker": "SPLITP", "quantity": "1000.00000001", "reason": "A transfer"}
-        live.ask(ADMIN, "POST", f"users/{opened['user_id']}/corrections", **correction)
-        live.ask(opened["api_key"], "GET", "price/SPLITP")
-        clock.move_to(moment + timedelta(hours=1))
-        live.prices["SPLITP"] = Decimal(9600)
-        happened = {"date": Decimal(int(moment.timestamp()) + 1800)}
-        split = happened | {"numerator": Decimal(3), "denominator": Decimal(2)}
-        live.events["SPLITP"] = {"splits": {"1": split}}
-        live.ask(opened["api_key"], "GET", "price/SPLITP")
-        trades = live.ask(opened["api_key"], "GET", "trades")["trades"]
-        history = live.ask(opened["api_key"], "GET", "account/history")
-        (held,) = live.ask(opened["api_key"], "GET", "portfolio")["holdings"]
-    assert [trade["trade_type"] for trade in trades] == ["split", "correction"]
-    assert (trades[0]["total_amount"], held["quantity"]) == (0, Decimal("1500.00000001"))
-    assert all((point["equity"] or 1000) < Decimal("1000.01") for point in history["points"])
-
-
 def test_a_leg_that_was_replaced_before_a_late_split_is_for_as_many_shares_as_its_pair(live):
     live.prices["LATESPLIT"], moment = Decimal(100), BEGIN - timedelta(days=100)
     with time_machine.travel(moment, tick=True) as clock:
@@ -280,18 +225,59 @@ def test_a_leg_that_was_replaced_before_a_late_split_is_for_as_many_shares_as_it
     assert [order["quantity"] for order in orders] == [100, 100]
 
 
+class Transferred:
+    """Somebody to whom the admin has given shares, by a correction; they are quoted in another currency."""
+
+    def __init__(self, live, ticker: str, price: int, currency: str, quantity: str):
+        self.live, self.ticker = live, ticker
+        opened = live.ask(ADMIN, "POST", "users", email=f"{ticker.lower()}@example.com", cash=1000)
+        self.key = opened["api_key"]
+        given = {"ticker": ticker, "quantity": quantity, "reason": "A transfer"}
+        live.ask(ADMIN, "POST", f"users/{opened['user_id']}/corrections", **given)
+        self.sees(price, currency)
+
+    def sees(self, price: int, currency: str, **events):
+        """What Yahoo says from now on, with an event that happened half an hour ago, if any."""
+        self.live.prices[self.ticker], self.live.currencies[self.ticker] = Decimal(price), currency
+        happened = {"date": Decimal(int(datetime.now(UTC).timestamp()) - 1800)}
+        self.live.events[self.ticker] = {kind: {"1": happened | event} for kind, event in events.items()}
+        self.get(f"price/{self.ticker}")
+
+    def get(self, path: str):
+        return self.live.ask(self.key, "GET", path)
+
+
+@pytest.mark.parametrize(
+    ("ticker", "before", "after", "amount"),
+    [("PENCE", (72, "GBp"), (72, "GBp"), "4.5"), ("ONCEYEN", (1500, "JPY"), (10, "USD"), "200")],
+    ids=["paid in pence", "believed for its price in yen"],
+)
+def test_a_dividend_is_booked_in_dollars_alone(live, ticker, before, after, amount):
+    with time_machine.travel(BEGIN - timedelta(days=300), tick=True) as clock:
+        bob = Transferred(live, ticker, *before, quantity="100")
+        clock.shift(timedelta(hours=1))
+        bob.sees(*after, dividends={"amount": Decimal(amount)})
+        assert [trade["trade_type"] for trade in bob.get("trades")["trades"]] == ["correction"]
+
+
+def test_a_split_of_what_costs_no_dollars_is_worth_none(live):
+    with time_machine.travel(BEGIN - timedelta(days=150), tick=True) as clock:
+        bob = Transferred(live, "SPLITP", 14400, "GBp", quantity="1000.00000001")
+        clock.shift(timedelta(hours=1))
+        bob.sees(9600, "GBp", splits={"numerator": Decimal(3), "denominator": Decimal(2)})
+        trades, history = bob.get("trades")["trades"], bob.get("account/history")
+        (held,) = bob.get("portfolio")["holdings"]
+    assert [trade["trade_type"] for trade in trades] == ["split", "correction"]
+    assert (trades[0]["total_amount"], held["quantity"]) == (0, Decimal("1500.00000001"))
+    assert all((point["equity"] or 1000) < Decimal("1000.01") for point in history["points"])
+
+
 def test_a_quote_that_is_not_in_dollars_is_no_drawdown(live):
-    live.prices["YEN"], live.currencies["YEN"] = Decimal(1500), "JPY"
-    moment = BEGIN - timedelta(days=200)
-    with time_machine.travel(moment, tick=True) as clock:
-        opened = live.ask(ADMIN, "POST", "users", email="yen@example.com")
-        correction = {"ticker": "YEN", "quantity": 100, "reason": "A transfer"}
-        live.ask(ADMIN, "POST", f"users/{opened['user_id']}/corrections", **correction)
+    with time_machine.travel(BEGIN - timedelta(days=200), tick=True) as clock:
+        bob = Transferred(live, "YEN", 1500, "JPY", quantity="100")
         for price, currency in ((1500, "JPY"), (10, "USD")):
-            moment += timedelta(days=1)
-            clock.move_to(moment)
-            live.prices["YEN"], live.currencies["YEN"] = Decimal(price), currency
-            live.ask(opened["api_key"], "GET", "price/YEN")
-        history = live.ask(opened["api_key"], "GET", "account/history")
-    assert {point["equity"] for point in history["points"]} <= {100_000, 101_000}
+            clock.shift(timedelta(days=1))
+            bob.sees(price, currency)
+        history = bob.get("account/history")
+    assert {point["equity"] for point in history["points"]} <= {1000, 2000}
     assert history["summary"]["max_drawdown_percent"] == 0

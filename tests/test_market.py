@@ -445,18 +445,34 @@ def test_an_answer_counts_though_its_connection_is_lost_right_after_it(alice, mo
         assert ask("GET", "/api/v1/portfolio").status_code == 200
 
 
-def test_who_looks_for_news_gives_the_connection_back_that_has_read_the_pins(alice, monkeypatch):
+def test_nobody_takes_a_second_connection_while_he_holds_one(alice, monkeypatch):
+    """Four who do would wait for each other: a process has four."""
     alice.sees("AAPL", at=1).buys(1, "AAPL")
-    with in_process(alice) as (program, ask):
-        in_use, market = [], program["market"]
+    alice.rests("buy", 1, "AAPL", limit_price="0.5")
+    with in_process(alice, ADMIN_API_KEY=ADMIN) as (program, ask):
+        in_use, market, models = [], program["market"], sys.modules["models"]
+        read_only = models.read_only
 
-        def is_ahead_of(account):
+        def noted(*statement, **values):
             in_use.append(program["db"].engine.pool.checkedout())
-            return False
+            return read_only(*statement, **values)
 
-        monkeypatch.setattr(market, "is_ahead_of", is_ahead_of)
-        assert ask("GET", "/api/v1/portfolio").status_code == 200
-        assert in_use == [0]
+        def has_news(account):
+            in_use.append(program["db"].engine.pool.checkedout())
+            return True
+
+        monkeypatch.setattr(models, "read_only", noted)
+        monkeypatch.setattr(market, "is_ahead_of", has_news)
+        for path in ("balance", "portfolio", "price/AAPL", "orders", "trades", "account/history"):
+            assert ask("GET", f"/api/v1/{path}").status_code == 200
+        order = {"ticker": "AAPL", "action": "buy", "quantity": 1}
+        assert ask("POST", "/api/v1/trade", json=order).status_code == 200
+        assert ask("GET", "/alpaca/v2/positions").status_code == 200
+        admin = {"Authorization": f"Bearer {ADMIN}"}
+        path = f"/api/v1/users/{alice.user_id}/corrections"
+        wanted = {"ticker": "AAPL", "quantity": 1, "reason": "A transfer"}
+        assert ask("POST", path, json=wanted, headers=admin).status_code == 201
+        assert set(in_use) == {0}
 
 
 @pytest.mark.parametrize("quantity", [str(Decimal(0.1)), f"0.1{'0' * 400}", "1e-1", "1000000000e-10"])
