@@ -4,14 +4,21 @@ import re
 import shutil
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 import requests
 import simplejson
 from cast import ADMIN, Trader
+from hypothesis import given
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from messages import ACCOUNT_LIMIT, HUNDRED, ORDER_LIMIT, UNIT, checked_amount, number_below
 
 TOOLS = Path(sys.executable).parent
 JSON = {"Content-Type": "application/json"}
@@ -35,6 +42,40 @@ def test_a_validator_that_reckons_with_floats_takes_every_amount_in_cents(descri
     )
     for wrong in (0, -0.01, 10_000_000_000, "-1", "ten"):
         assert not quantity.is_valid(wrong)
+
+
+AMOUNTS = {
+    "an amount": (ORDER_LIMIT, UNIT),
+    "a percentage": (HUNDRED, UNIT),
+    "cash": (ACCOUNT_LIMIT, Decimal(0)),
+}
+
+
+@pytest.mark.parametrize("kind", AMOUNTS)
+@given(data=st.data())
+def test_each_text_that_is_described_as_an_amount_is_taken_as_one(kind, data):
+    limit, least = AMOUNTS[kind]
+    described = number_below(limit, least).json_schema["anyOf"]
+    pattern = data.draw(st.sampled_from([one["pattern"] for one in described if "pattern" in one]))
+    text = data.draw(st.from_regex(re.compile(pattern, re.ASCII), fullmatch=True))
+    checked_amount(text, limit=limit, least=least)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("an amount", "9999999999.99"),
+        ("an amount", "9e8"),
+        ("a percentage", "99.5"),
+        ("a percentage", "9.5e0"),
+        ("cash", "89999999999.5"),
+        ("cash", "0"),
+        ("cash", "1e9"),
+    ],
+)
+def test_amounts_up_to_their_limit_are_described(kind, text):
+    limit, least = AMOUNTS[kind]
+    Draft202012Validator(number_below(limit, least).json_schema).validate(text)
 
 
 def test_every_route_is_described_and_nothing_else(app, description):

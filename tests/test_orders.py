@@ -457,6 +457,7 @@ def test_minutes_that_passed_while_nobody_looked_are_shown_when_somebody_does(ex
     dave.ask("PUT", "/api/v1/market/clock", json={"at": None})
     if dave.finds(order)["status"] == "filled":
         pytest.skip("the clock landed on a bar that fills it")
+    day = dave.places("buy", 1, "XYZ", "limit", limit_price="0.01", time_in_force="day")
     Database(exchange.database_url).run(
         "UPDATE ibkr_balances SET settled_at = :then WHERE user_id = :me",
         then=datetime.now(UTC).replace(tzinfo=None) - timedelta(days=1),
@@ -466,3 +467,6 @@ def test_minutes_that_passed_while_nobody_looked_are_shown_when_somebody_does(ex
     assert filled["status"] == "filled"
     assert dave.trades[0]["market_time"] in ("2024-03-04T12:00:00Z", "2024-03-05T10:00:00Z")
     assert filled["closed_at"] == dave.trades[0]["timestamp"]  # When it was filled, and not when he looked.
+    ended = dave.finds(day)
+    assert ended["status"] == "expired"
+    assert datetime.fromisoformat(ended["closed_at"]) < datetime.now(UTC) - timedelta(hours=22)
