@@ -84,6 +84,7 @@ def under_orders(trader: Trader, threads=4):
             yield
             count = len(placed)
             eventually(lambda: len(placed) > count + threads)
+            eventually(lambda: any("id" in answer for answer in changed), 60)  # Most changes come too late.
         finally:
             done.set()
         for bot in bots:
